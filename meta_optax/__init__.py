@@ -1,0 +1,51 @@
+"""Closed-loop control of hyperparameters for Optax, inside the jitted step."""
+
+from meta_optax._advanced_plateau import advanced_plateau
+from meta_optax._combine import bounded, chain, every, log_only
+from meta_optax._core import MetaOptimizer
+from meta_optax._decisions import Decision, format_decisions, read_decisions, with_decisions
+from meta_optax._expert_gate import expert_gate, smart_expert_gate
+from meta_optax._inject import InjectMetaHyperparamsState, inject_meta_hyperparams
+from meta_optax._partition import moe_partition
+from meta_optax._plateau import plateau
+from meta_optax._read import read_hyperparams, reset
+from meta_optax._scale import (
+    ScaleByMetaState,
+    scale_by_advanced_plateau,
+    scale_by_expert_gate,
+    scale_by_meta,
+    scale_by_plateau,
+    scale_by_smart_expert_gate,
+)
+from meta_optax._schedule import MetaScheduleState, as_schedule
+
+__all__ = [
+    "Decision",
+    "InjectMetaHyperparamsState",
+    "MetaOptimizer",
+    "MetaScheduleState",
+    "ScaleByMetaState",
+    "advanced_plateau",
+    "as_schedule",
+    "bounded",
+    "chain",
+    "every",
+    "expert_gate",
+    "format_decisions",
+    "inject_meta_hyperparams",
+    "log_only",
+    "moe_partition",
+    "plateau",
+    "read_decisions",
+    "read_hyperparams",
+    "reset",
+    "scale_by_advanced_plateau",
+    "scale_by_expert_gate",
+    "scale_by_meta",
+    "scale_by_plateau",
+    "scale_by_smart_expert_gate",
+    "smart_expert_gate",
+    "with_decisions",
+]
+
+__version__ = "0.1.0"

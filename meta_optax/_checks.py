@@ -1,0 +1,93 @@
+"""Checks of arguments: at build time an error, while tracing a clip."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Number = float | int | np.generic | np.ndarray | jax.Array
+
+
+def real(
+    name: str,
+    value: Number,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float | jax.Array:
+    """Returns ``value`` if it is a real number in the range, else raises.
+
+    A traced value (a ``vmap`` over arguments, say) cannot be looked at: it is clipped to the
+    nearest float32 inside the range instead.
+
+    Args:
+      name: the argument's name, for the message.
+      value: what the caller gave.
+      low: the lower end of the range.
+      high: the upper end of the range; ``math.inf`` may be reached unless ``open_high``.
+      open_low: whether ``low`` itself is outside.
+      open_high: whether ``high`` itself is outside.
+
+    Raises:
+      ValueError: if ``value`` is not a real scalar in the range; NaN never is.
+    """
+    if isinstance(value, jax.core.Tracer):
+        floor = np.nextafter(np.float32(low), np.float32(np.inf)) if open_low else low
+        ceiling = np.nextafter(np.float32(high), np.float32(-np.inf)) if open_high else high
+        return jnp.clip(value.astype(jnp.float32), floor, ceiling)
+    number = _as_float(value)
+    above = number is not None and (number > low if open_low else number >= low)
+    below = number is not None and (number < high if open_high else number <= high)
+    if number is None or not (above and below):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{name} must be a number in {interval}, got {value!r}.")
+    return number
+
+
+def size(name: str, value: Number, *, low: int) -> int:
+    """Like `integer`, for what decides a shape and so must not be traced."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} decides the shape of a state, so it must not be traced: {value}.")
+    return int(integer(name, value, low=low))
+
+
+def integer(name: str, value: Number, *, low: int) -> int | jax.Array:
+    """Returns ``value`` if it is an integer of at least ``low``, else raises.
+
+    A traced value is clipped to ``low`` from below instead.
+
+    Args:
+      name: the argument's name, for the message.
+      value: what the caller gave.
+      low: the least that is allowed.
+
+    Raises:
+      ValueError: if ``value`` is not an integer, or is below ``low``.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return jnp.maximum(value.astype(jnp.int32), low)
+    number = _as_float(value)
+    if number is None or not number.is_integer() or number < low:
+        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}.")
+    return int(number)
+
+
+def flag(name: str, value: bool) -> bool:
+    """Returns ``value`` if it is a bool, else raises a ``ValueError`` that names the argument."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return value
+
+
+def _as_float(value: object) -> float | None:
+    """A finite or infinite Python float, or None for what is no real scalar."""
+    if isinstance(value, bool | np.bool_ | str | bytes) or value is None or np.ndim(value) != 0:  # type: ignore[arg-type]
+        return None
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return None if math.isnan(number) else number

@@ -1,0 +1,203 @@
+"""Combinators: strategies made of strategies."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from meta_optax import _checks
+from meta_optax._core import (
+    BASE_PREFIX,
+    Hyperparams,
+    MetaOptimizer,
+    Metrics,
+    State,
+    observe_every,
+    protect,
+)
+
+
+class ChainState(NamedTuple):
+    """The states of the chained strategies, in order."""
+
+    states: tuple[State, ...]
+
+    @property
+    def nonfinite_count(self) -> Int[Array, ""]:
+        """How often a needed metric was not finite, summed over the strategies."""
+        return jnp.stack([state.nonfinite_count for state in self.states]).sum(dtype=jnp.int32)
+
+
+def chain(*meta_optimizers: MetaOptimizer) -> MetaOptimizer:
+    r"""Applies strategies one after the other, left to right.
+
+    .. math:: \text{apply} = \text{apply}_n \circ \dots \circ \text{apply}_1
+
+    Each observes every step's metrics; each holds its own state when a metric that *it* needs is
+    not finite.
+
+    Args:
+      *meta_optimizers: the strategies; each ``apply`` sees the previous one's output.
+
+    Returns:
+      A `MetaOptimizer` that needs what any of them needs.
+
+    Raises:
+      ValueError: if no strategy is given.
+      TypeError: if something else than a `MetaOptimizer` is given.
+
+    Example:
+      >>> import meta_optax as mo
+      >>> both = mo.chain(mo.plateau(), mo.expert_gate())
+      >>> both.name, both.metrics
+      ('chain(plateau, expert_gate)', ('value', 'grad_norm', 'gate_entropy'))
+    """
+    if not meta_optimizers:
+        raise ValueError("chain needs at least one MetaOptimizer, got none.")
+    metas = [protect(_checked("chain", meta)) for meta in meta_optimizers]
+
+    def init() -> ChainState:
+        return ChainState(states=tuple(meta.init() for meta in metas))
+
+    def observe(state: ChainState, metrics: Metrics) -> ChainState:
+        states = []
+        for meta, old in zip(metas, state.states, strict=True):
+            states.append(meta.observe(old, metrics))
+            # The next strategy's base is what this one makes of its own.
+            base = {k: v for k, v in metrics.items() if k.startswith(BASE_PREFIX)}
+            if base:
+                stripped = {k.removeprefix(BASE_PREFIX): v for k, v in base.items()}
+                out = meta.apply(states[-1], stripped)
+                metrics = {**metrics, **{BASE_PREFIX + k: v for k, v in out.items()}}
+        return ChainState(states=tuple(states))
+
+    def apply(state: ChainState, hyperparams: Mapping[str, Any]) -> Hyperparams:
+        out = dict(hyperparams)
+        for meta, inner in zip(metas, state.states, strict=True):
+            out = meta.apply(inner, out)
+        return out
+
+    name = f"chain({', '.join(meta.name for meta in metas)})"
+    needed = tuple(dict.fromkeys(metric for meta in metas for metric in meta.metrics))
+    return MetaOptimizer(name, init, observe, apply, needed)
+
+
+def every(n: int | Array, meta_optimizer: MetaOptimizer) -> MetaOptimizer:
+    r"""Shows a strategy the metrics of every n-th step only.
+
+    .. math:: s_{t+1} = \text{observe}(s_t, m_t) \text{ if } t \bmod n = 0 \text{ else } s_t
+
+    In between, the state stays and nothing non-finite is seen or counted. A warm-up inside then
+    moves in strides of n; the strategy's own ``update_frequency`` keeps it smooth.
+
+    Args:
+      n: the period in steps, an integer of at least 1; clipped to that where traced.
+      meta_optimizer: the strategy.
+
+    Returns:
+      A `MetaOptimizer`.
+
+    Raises:
+      ValueError: if ``n`` is below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, meta_optax as mo
+      >>> meta = mo.every(10, mo.expert_gate())
+      >>> seen = {"step": jnp.int32(3), "gate_entropy": 0.0}  # low, but on a step in between
+      >>> state = meta.observe(meta.init(), seen)
+      >>> print(meta.apply(state, {"learning_rate": 1.0})["gate_learning_rate"])
+      0.1
+    """
+    period = _checks.integer("n", n, low=1)
+    meta = protect(_checked("every", meta_optimizer))
+    return meta._replace(
+        name=f"every({n}, {meta.name})", observe=observe_every(meta.name, period, meta.observe)
+    )
+
+
+def log_only(meta_optimizer: MetaOptimizer) -> MetaOptimizer:
+    """Lets a strategy observe and record, but never act.
+
+    ``apply`` gives the hyperparameters as they are; the state moves as it would. For a dry run of
+    a strategy on a training run that must not be touched.
+
+    Args:
+      meta_optimizer: the strategy.
+
+    Returns:
+      A `MetaOptimizer` whose ``apply`` is the identity.
+
+    Example:
+      >>> import meta_optax as mo
+      >>> meta = mo.log_only(mo.expert_gate())
+      >>> meta.apply(meta.init(), {"learning_rate": 1.0})
+      {'learning_rate': 1.0}
+    """
+    meta = protect(_checked("log_only", meta_optimizer))
+
+    def apply(state: State, hyperparams: Mapping[str, Any]) -> Hyperparams:
+        del state
+        return dict(hyperparams)
+
+    return meta._replace(name=f"log_only({meta.name})", apply=apply)
+
+
+def bounded(
+    meta_optimizer: MetaOptimizer, **bounds: tuple[float | Array, float | Array]
+) -> MetaOptimizer:
+    r"""Keeps what a strategy makes of a hyperparameter within absolute bounds.
+
+    .. math:: h \leftarrow \min(\max(h, \text{lo}), \text{hi})
+
+    The bounds hold for the base values too: a schedule that leaves them is clipped.
+
+    Args:
+      meta_optimizer: the strategy.
+      **bounds: for each hyperparameter a pair (lo, hi) with 0 <= lo <= hi; ``math.inf`` is no
+        upper bound. A group's form has a bound of its own (``gate_learning_rate=(0.0, 1e-3)``).
+
+    Returns:
+      A `MetaOptimizer` with the same state.
+
+    Raises:
+      ValueError: if a pair is not one, is in the wrong order, negative or NaN; or, when applied,
+        if there is no hyperparameter of that name.
+
+    Example:
+      >>> import meta_optax as mo
+      >>> meta = mo.bounded(mo.expert_gate(), gate_learning_rate=(1e-3, 1.0))
+      >>> print(meta.apply(meta.init(), {"learning_rate": 1e-4})["gate_learning_rate"])
+      0.001
+    """
+    meta = protect(_checked("bounded", meta_optimizer))
+    limits = {name: _checked_bounds(name, pair) for name, pair in bounds.items()}
+
+    def apply(state: State, hyperparams: Mapping[str, Any]) -> Hyperparams:
+        out = meta.apply(state, hyperparams)
+        for name, (low, high) in limits.items():
+            if name not in out:
+                raise ValueError(
+                    f"bounded has bounds for {name!r}, but {meta.name} leaves the hyperparameters "
+                    f"{sorted(out)}: bound one of those."
+                )
+            out[name] = jnp.clip(jnp.asarray(out[name], jnp.float32), low, high)
+        return out
+
+    return meta._replace(name=f"bounded({meta.name})", apply=apply)
+
+
+def _checked(combinator: str, meta: object) -> MetaOptimizer:
+    if not isinstance(meta, MetaOptimizer):
+        raise TypeError(f"{combinator} needs a MetaOptimizer, got {type(meta).__name__}: {meta!r}.")
+    return meta
+
+
+def _checked_bounds(name: str, pair: Any) -> tuple[float | Array, float | Array]:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(f"bounded needs a pair (lo, hi) for {name!r}, got {pair!r}.")
+    low = _checks.real(f"the lower bound of {name!r}", pair[0], open_high=True)
+    high = _checks.real(f"the upper bound of {name!r}", pair[1])
+    if isinstance(low, float) and isinstance(high, float) and low > high:
+        raise ValueError(f"bounded needs lo <= hi for {name!r}, got {pair!r}.")
+    return low, high

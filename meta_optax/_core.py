@@ -1,0 +1,232 @@
+"""The core type, `MetaOptimizer`, and what every strategy shares."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int
+
+State = Any
+Metrics = Mapping[str, Any]
+Hyperparams = dict[str, Array]
+ObserveFn = Callable[[State, Metrics], State]
+
+# What the base value of a hyperparameter is called among metrics and in states.
+BASE_PREFIX = "base_"
+# How a caller hands a metric over, where that is not `name=name`.
+_HOW_TO_PASS = {
+    "value": "value=loss",
+    "grad_norm": "grad_norm=optax.tree.norm(grads)",
+    "param_norm": "param_norm=optax.tree.norm(params)",
+}
+
+
+class _MetaOptimizerFields(NamedTuple):
+    name: str
+    init: Callable[[], State]
+    observe: ObserveFn
+    apply: Callable[[State, Mapping[str, Any]], Hyperparams]
+    metrics: tuple[str, ...] = ()
+
+
+class MetaOptimizer(_MetaOptimizerFields):
+    r"""A pure transformation of hyperparameters, as Optax's are of gradients.
+
+    With :math:`s_t` the state, :math:`m_t` the metrics of step :math:`t` and :math:`h_t` the base
+    hyperparameters (constants, or a schedule's values),
+
+    .. math:: s_{t+1} = \text{observe}(s_t, m_t), \quad \text{used}_t = \text{apply}(s_{t+1}, h_t)
+
+    so that the metrics of a step act on that same step's update.
+
+    Attributes:
+      name: the strategy's own name, used in errors and in decisions.
+      init: ``init() -> state``: strongly typed arrays of fixed shapes.
+      observe: ``observe(state, metrics) -> state``: one transition. ``metrics`` maps names to
+        arrays: what the caller passed to ``update``, ``step`` (int32, updates made before this
+        one), ``grad_norm`` and ``param_norm`` where named in ``metrics``, every current
+        hyperparameter under its own name and every base value under ``base_`` and its name.
+      apply: ``apply(state, hyperparams) -> hyperparams``: a pure function of the state and the
+        base values. It may add keys, and leaves those that it does not control as they are.
+      metrics: the names of the metrics that ``observe`` needs.
+
+    Raises:
+      TypeError: if one of the functions is missing or cannot be called, if ``name`` is not a
+        string, or if ``metrics`` is not a tuple of strings.
+
+    Example:
+      A strategy of one's own, that halves the learning rate while the loss is above 2:
+
+      >>> import jax.numpy as jnp, meta_optax as mo
+      >>> def apply(state, hyperparams):
+      ...     rate = hyperparams["learning_rate"] * jnp.where(state > 2.0, 0.5, 1.0)
+      ...     return {**hyperparams, "learning_rate": rate}
+      >>> halve = mo.MetaOptimizer(
+      ...     name="halve",
+      ...     init=lambda: jnp.zeros([], jnp.float32),
+      ...     observe=lambda state, metrics: jnp.asarray(metrics["value"], jnp.float32),
+      ...     apply=apply,
+      ...     metrics=("value",),
+      ... )
+      >>> state = halve.observe(halve.init(), {"value": jnp.float32(3.0)})
+      >>> float(halve.apply(state, {"learning_rate": 0.5})["learning_rate"])
+      0.25
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        name: str,
+        init: Callable[[], State],
+        observe: ObserveFn,
+        apply: Callable[[State, Mapping[str, Any]], Hyperparams],
+        metrics: tuple[str, ...] = (),
+    ) -> "MetaOptimizer":
+        """Checks the five fields and builds the tuple."""
+        if not isinstance(name, str):
+            raise TypeError(f"MetaOptimizer needs a name that is a string, got {name!r}.")
+        for field, function in (("init", init), ("observe", observe), ("apply", apply)):
+            if not callable(function):
+                raise TypeError(f"MetaOptimizer {name!r} needs a function {field}, got {function!r}.")
+        if isinstance(metrics, str) or not all(isinstance(metric, str) for metric in metrics):
+            raise TypeError(f"MetaOptimizer {name!r} needs a tuple of names as metrics: {metrics!r}.")
+        return super().__new__(cls, name, init, observe, apply, tuple(metrics))
+
+
+def read_metric(strategy: str, metrics: Metrics, name: str, ndim: int | None) -> Array:
+    """The metric ``name`` as float32, of ``ndim`` dimensions unless that is None.
+
+    Raises:
+      TypeError: if it was not passed or is not numeric; the message says what call to write.
+      ValueError: if it has another number of dimensions.
+    """
+    call = f"tx.update(grads, state, params, {_HOW_TO_PASS.get(name, f'{name}={name}')})"
+    if name not in metrics:
+        cause = "was not passed"
+        if name == "param_norm":
+            cause += " and cannot be measured without params"
+        raise TypeError(f"{strategy} needs the metric {name!r}, which {cause}. Write {call}.")
+    try:
+        value = jnp.asarray(metrics[name]).astype(jnp.float32)
+    except (TypeError, ValueError) as error:
+        given = type(metrics[name]).__name__
+        raise TypeError(
+            f"{strategy} needs the metric {name!r} as an array, got {given}. Write {call}."
+        ) from error
+    if ndim is not None and value.ndim != ndim:
+        wanted = "a scalar (take its mean first)" if ndim == 0 else f"an array of {ndim} dimension"
+        raise ValueError(
+            f"{strategy} needs the metric {name!r} as {wanted}, got shape {value.shape}."
+        )
+    return value
+
+
+def read_step(strategy: str, metrics: Metrics) -> Int[Array, ""]:
+    """The number of updates made before this one.
+
+    Raises:
+      TypeError: if ``metrics`` has no ``step``, which every way to act puts there.
+    """
+    if "step" not in metrics:
+        raise TypeError(f"{strategy} needs 'step' among the metrics: the updates made before.")
+    return jnp.asarray(metrics["step"]).astype(jnp.int32)
+
+
+def hold_nonfinite(
+    strategy: str, needs: Callable[[Metrics], Mapping[str, int | None]], observe: ObserveFn
+) -> ObserveFn:
+    """Makes ``observe`` leave the state as it was when a needed metric is not finite.
+
+    The wrapped function finds the metrics it needs checked, in float32; the others are passed on.
+    What was held is counted in ``state.nonfinite_count``, which saturates.
+
+    Args:
+      strategy: the strategy's name, for the errors.
+      needs: what is needed of the metrics at hand: names, and how many dimensions each has.
+      observe: the transition for finite metrics.
+
+    Returns:
+      The transition for all metrics.
+    """
+
+    def observe_fn(state: State, metrics: Metrics) -> State:
+        needed = {k: read_metric(strategy, metrics, k, n) for k, n in needs(metrics).items()}
+        finite = jnp.array(True)
+        for value in needed.values():
+            finite &= jnp.all(jnp.isfinite(value))
+        held = select(finite, observe(state, {**metrics, **needed}), state)
+        count = state.nonfinite_count
+        return held._replace(
+            nonfinite_count=jnp.where(finite, count, optax.safe_increment(count))
+        )
+
+    return observe_fn
+
+
+class ProtectedState(NamedTuple):
+    """The state of somebody's own strategy, and how often it was held."""
+
+    nonfinite_count: Int[Array, ""]
+    inner: State
+
+
+def protect(meta: MetaOptimizer) -> MetaOptimizer:
+    """Gives a strategy whose state does not count held metrics the rule and the count."""
+    if hasattr(jax.eval_shape(meta.init), "nonfinite_count"):
+        return meta
+
+    def init() -> ProtectedState:
+        return ProtectedState(nonfinite_count=jnp.zeros([], jnp.int32), inner=meta.init())
+
+    def observe(state: ProtectedState, metrics: Metrics) -> ProtectedState:
+        return state._replace(inner=meta.observe(state.inner, metrics))
+
+    def needs(metrics: Metrics) -> Mapping[str, None]:
+        del metrics
+        return dict.fromkeys(meta.metrics)
+
+    def apply(state: ProtectedState, hyperparams: Mapping[str, Any]) -> Hyperparams:
+        return meta.apply(state.inner, hyperparams)
+
+    return MetaOptimizer(
+        meta.name, init, hold_nonfinite(meta.name, needs, observe), apply, meta.metrics
+    )
+
+
+def select(condition: Bool[Array, ""], new: State, old: State) -> State:
+    """``new`` where the condition holds, else ``old``, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def is_due(step: Int[Array, ""], frequency: int | Array) -> Bool[Array, ""]:
+    """Whether a strategy with this ``update_frequency`` sees the metrics of this step."""
+    return step % jnp.asarray(frequency, jnp.int32) == 0
+
+
+def observe_every(strategy: str, frequency: int | Array, observe: ObserveFn) -> ObserveFn:
+    """Shows ``observe`` the metrics of steps 0, n, 2n, … only."""
+
+    def observe_fn(state: State, metrics: Metrics) -> State:
+        due = is_due(read_step(strategy, metrics), frequency)
+        return select(due, observe(state, metrics), state)
+
+    # Step numbers need not be there for a strategy that looks at every one.
+    return observe if isinstance(frequency, int) and frequency == 1 else observe_fn
+
+
+def forms(hyperparams: Mapping[str, Any], name: str) -> list[str]:
+    """The keys that are ``name`` or a group's form of it, as ``gate_learning_rate`` is."""
+    return [key for key in hyperparams if key == name or key.endswith(f"_{name}")]
+
+
+def sees(metrics: Metrics, name: str) -> bool:
+    """Whether ``name`` is under control, as far as the metrics tell.
+
+    Every way to act shows a strategy the current hyperparameters. Where it shows some and none
+    is a form of ``name``, there is nothing to control, so nothing has to be measured for it.
+    """
+    current = forms(metrics, "learning_rate") + forms(metrics, "weight_decay")
+    return not current or bool(forms(metrics, name))

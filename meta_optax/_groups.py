@@ -1,0 +1,63 @@
+"""Groups of parameters: from labels to the optimizers and rates that serve them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+PyTree = Any
+Labels = PyTree | Callable[[PyTree], PyTree]
+
+# Which group serves a label; a balance bias follows a rule of its own and no optimizer.
+GROUP_OF_LABEL = {
+    "gate": "gate",
+    "gate_bias": "gate",
+    "expert": "expert",
+    "shared_expert": "dense",
+    "dense": "dense",
+    "balance_bias": "balance_bias",
+}
+# The groups that have forms of their own of the hyperparameters.
+CONTROLLED_GROUPS = ("gate", "expert")
+
+
+def group_fn(labels: Labels) -> Callable[[PyTree], PyTree]:
+    """A function from a tree of params or updates to the same tree (or a prefix) of groups.
+
+    Args:
+      labels: a tree of labels, the params' structure or a prefix of it, or a function that makes
+        one of the params. A tree that can itself be called (a model's, say) counts as a tree.
+
+    Raises:
+      ValueError: from the returned function, if a label is unknown.
+    """
+    leaves = jax.tree.leaves(labels)
+    is_tree = bool(leaves) and all(isinstance(leaf, str) for leaf in leaves)
+
+    def groups(tree: PyTree) -> PyTree:
+        labelled = labels if is_tree or not callable(labels) else labels(tree)
+        return jax.tree.map(_group, labelled)
+
+    return groups
+
+
+def check_groups(caller: str, groups: PyTree, wanted: tuple[str, ...]) -> None:
+    """Raises unless each wanted group has parameters.
+
+    Raises:
+      ValueError: naming the labels without parameters and those that were seen.
+    """
+    present = set(jax.tree.leaves(groups))
+    missing = [group for group in wanted if group not in present]
+    if missing:
+        raise ValueError(
+            f"{caller} was given no parameters labelled {' or '.join(map(repr, missing))}; the "
+            f"labels lead to the groups {sorted(present)}. Check what `labels` gives for your "
+            "params, or use a strategy and a factory without that group."
+        )
+
+
+def _group(label: Any) -> str:
+    if label not in GROUP_OF_LABEL:
+        raise ValueError(f"The label {label!r} is unknown: labels are {sorted(GROUP_OF_LABEL)}.")
+    return GROUP_OF_LABEL[label]

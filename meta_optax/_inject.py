@@ -1,0 +1,275 @@
+"""Control of the hyperparameters of any Optax factory."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int
+
+from meta_optax import _checks
+from meta_optax._control import (
+    apply_safely,
+    controlled,
+    gather_metrics,
+    layout_version,
+)
+from meta_optax._core import BASE_PREFIX, Hyperparams, MetaOptimizer, State, protect
+from meta_optax._groups import CONTROLLED_GROUPS
+
+Factory = Callable[..., optax.GradientTransformation]
+# What `optax.inject_hyperparams` takes for a number.
+_NUMBERS = (int, float, jax.Array, np.ndarray, np.generic)
+
+
+class InjectMetaHyperparamsState(NamedTuple):
+    """State of `inject_meta_hyperparams`.
+
+    Attributes:
+      layout_version: the version of this layout.
+      count: the updates made, saturating.
+      hyperparams: what the last update used (before the first, what it would use if it saw
+        nothing), as strong float32 scalars; int32 where the factory's default is an integer. Those
+        that no strategy controls and no schedule gives may be written to, as with Optax.
+      base_hyperparams: the constants that the strategies start from, under ``base_`` and their
+        names; to change one in flight, write a strong array here:
+        ``optax.tree.set(state, base_learning_rate=jnp.float32(1e-4))``.
+      schedule_states: the states of Optax's stateful schedules, under ``schedule_`` and the name.
+      meta_state: the strategy's state.
+      inner_state: the optimizer's state.
+    """
+
+    layout_version: Int[Array, ""]
+    count: Int[Array, ""]
+    hyperparams: dict[str, Array]
+    base_hyperparams: dict[str, Array]
+    schedule_states: dict[str, Any]
+    meta_state: State
+    inner_state: optax.OptState
+
+
+def inject_meta_hyperparams(
+    inner_factory: Factory,
+    meta_optimizer: MetaOptimizer,
+    static_args: str | Iterable[str] = (),
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    r"""Puts the hyperparameters of an Optax factory under the control of a strategy.
+
+    With :math:`h_t` the base values (constants, or schedules at the step count) and :math:`s_t` the
+    strategy's state, each update computes
+
+    .. math::
+      s_{t+1} = \text{observe}(s_t, m_t), \quad
+      u_t = \text{inner_factory}(\text{apply}(s_{t+1}, h_t)).\text{update}(g_t)
+
+    so the metrics of a step act on its own update. What ``apply`` makes non-finite or negative is
+    replaced by what the last update used. Updates leave in the dtype of the gradients, and the
+    inner state in the dtypes that it came with.
+
+    Args:
+      inner_factory: an optimizer's factory, such as `optax.adamw`. Its numeric arguments are
+        hyperparameters, those with a numeric default too.
+      meta_optimizer: the strategy.
+      static_args: the names of the arguments that are not hyperparameters. A callable argument
+        that is not a schedule (a mask) has to be named here, as with `optax.inject_hyperparams`.
+
+    Returns:
+      A function that takes the factory's arguments, each a number, a scalar array or an Optax
+      schedule, and returns an `optax.GradientTransformationExtraArgs`. Its ``update`` takes the
+      metrics that the strategy needs as extra arguments and hands all extra arguments on.
+
+    Raises:
+      ValueError: from that function, if the strategy sets a hyperparameter that the factory does
+        not take, or if a base value is no scalar.
+      TypeError: from ``update``, while tracing, if a needed metric was not passed.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, meta_optax as mo
+      >>> tx = mo.inject_meta_hyperparams(optax.adamw, mo.plateau(patience=1))(learning_rate=0.1)
+      >>> params = {"w": jnp.ones(3)}
+      >>> state = tx.init(params)
+      >>> for loss in (1.0, 1.0):
+      ...     updates, state = tx.update(params, state, params, value=loss)
+      >>> print(optax.tree.get(state, "learning_rate"))
+      0.05
+
+    References:
+      `optax.inject_hyperparams`, which this builds on.
+    """
+    meta = protect(meta_optimizer)
+    static = {static_args} if isinstance(static_args, str) else set(static_args)
+    signature = inspect.signature(inner_factory)
+    if unknown := static - set(signature.parameters):
+        raise ValueError(
+            f"static_args must name arguments of the factory, which takes "
+            f"{list(signature.parameters)}; got {sorted(unknown)}."
+        )
+
+    @functools.wraps(inner_factory)
+    def wrapped_factory(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        arguments = _sort_arguments(signature, static, args, kwargs)
+        names = _controlled_keys(inner_factory, meta, signature, arguments)
+        kept = [name for name in arguments.constants if name in names]
+        for name in kept:
+            _checks.real(name, arguments.constants[name], open_high=True)
+        inject = optax.inject_hyperparams(inner_factory, static, hyperparam_dtype=jnp.float32)
+
+        def inner(used: Hyperparams) -> optax.GradientTransformationExtraArgs:
+            arguments.bound.arguments.update(used)
+            return inject(*arguments.bound.args, **arguments.bound.kwargs)
+
+        def base_values(state: InjectMetaHyperparamsState, extra_args: Any) -> Hyperparams:
+            values = {name: state.hyperparams[name] for name in arguments.constants}
+            values |= {name: state.base_hyperparams[BASE_PREFIX + name] for name in kept}
+            return values | _scheduled(arguments, state.count, state.schedule_states, extra_args)
+
+        def init_fn(params: Any) -> InjectMetaHyperparamsState:
+            count = jnp.zeros([], jnp.int32)
+            states = {key: schedule.init() for key, schedule in arguments.stateful.items()}
+            base = {name: _strong(signature, name, v) for name, v in arguments.constants.items()}
+            base |= _scheduled(arguments, count, states, {})
+            meta_state = meta.init()
+            nothing = dict.fromkeys(names, jnp.zeros([], jnp.float32))
+            used = apply_safely(meta, meta_state, base, nothing, names)
+            return InjectMetaHyperparamsState(
+                layout_version=layout_version(),
+                count=count,
+                hyperparams=used,
+                # Copies: a buffer that stands in the state twice could not be donated.
+                base_hyperparams={BASE_PREFIX + name: jnp.array(base[name]) for name in kept},
+                schedule_states=states,
+                meta_state=meta_state,
+                inner_state=inner(used).init(params).inner_state,
+            )
+
+        def update_fn(
+            updates: Any, state: InjectMetaHyperparamsState, params: Any = None, **extra_args: Any
+        ) -> tuple[Any, InjectMetaHyperparamsState]:
+            base = base_values(state, extra_args)
+            metrics = gather_metrics(
+                meta,
+                extra_args,
+                step=state.count,
+                current=meta.apply(state.meta_state, dict(base)),
+                base=base,
+                grads=updates,
+                params=params,
+            )
+            meta_state = meta.observe(state.meta_state, metrics)
+            used = apply_safely(meta, meta_state, base, state.hyperparams, names)
+            # Optax's own state, made for this call: a rate must stand once only in ours.
+            injected = optax.schedules.InjectStatefulHyperparamsState(
+                state.count, used, {}, state.inner_state
+            )
+            new_updates, injected = inner(used).update(updates, injected, params, **extra_args)
+            states = {
+                key: schedule.update(state.schedule_states[key], **extra_args)
+                for key, schedule in arguments.stateful.items()
+            }
+            return _cast_like(new_updates, updates), state._replace(
+                count=optax.safe_increment(state.count),
+                hyperparams=used,
+                schedule_states=states,
+                meta_state=meta_state,
+                inner_state=_cast_like(injected.inner_state, state.inner_state),
+            )
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    return wrapped_factory
+
+
+class _Arguments(NamedTuple):
+    """A factory's arguments, by what becomes of them."""
+
+    bound: inspect.BoundArguments
+    constants: Mapping[str, Any]
+    schedules: Mapping[str, Callable[..., Any]]
+    stateful: Mapping[str, optax.schedules.StatefulSchedule]
+
+
+def _sort_arguments(
+    signature: inspect.Signature, static: set[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Arguments:
+    """Sorts the arguments as `optax.inject_hyperparams` does."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    numeric = {
+        name: value
+        for name, value in bound.arguments.items()
+        if name not in static and not isinstance(value, bool)
+    }
+    schedules = {name: value for name, value in numeric.items() if callable(value)}
+    return _Arguments(
+        bound=bound,
+        constants={k: v for k, v in numeric.items() if isinstance(v, _NUMBERS)},
+        schedules=schedules,
+        stateful={
+            f"schedule_{name}": schedule
+            for name, schedule in schedules.items()
+            if isinstance(schedule, optax.schedules.StatefulSchedule)
+        },
+    )
+
+
+def _controlled_keys(
+    factory: Factory, meta: MetaOptimizer, signature: inspect.Signature, arguments: _Arguments
+) -> tuple[str, ...]:
+    """The hyperparameters that the strategy changes, all of which the factory must take."""
+    base = {name: _strong(signature, name, v) for name, v in arguments.constants.items()}
+    base |= dict.fromkeys(arguments.schedules, jnp.zeros([], jnp.float32))
+    names = controlled(meta, base)
+    for name in names:
+        if name not in signature.parameters:
+            factory_name = getattr(factory, "__name__", "the factory")
+            group, _, plain = name.partition("_")
+            remedy = f"give {factory_name} an argument of that name"
+            if group in CONTROLLED_GROUPS and plain in signature.parameters:
+                remedy = f"wrap it: moe_partition({factory_name}, labels)"
+            raise ValueError(
+                f"{meta.name} sets the hyperparameter {name!r}, which {factory_name} does not "
+                f"take (it takes {sorted(base)}). To let it act, {remedy}."
+            )
+    return names
+
+
+def _strong(signature: inspect.Signature, name: str, value: Any) -> Array:
+    """A base value as a strongly typed scalar of its own buffer."""
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"The hyperparameter {name!r} must be a scalar, got shape {np.shape(value)}. If it is "
+            f"no hyperparameter, write static_args={name!r}."
+        )
+    if not isinstance(value, jax.core.Tracer) and np.isnan(value):
+        raise ValueError(f"The hyperparameter {name!r} must be a number, got {value!r}.")
+    default = signature.parameters[name].default
+    is_integer = isinstance(default, int) and not isinstance(default, bool)
+    return jnp.array(value, jnp.int32 if is_integer else jnp.float32)
+
+
+def _scheduled(
+    arguments: _Arguments, count: Int[Array, ""], states: Mapping[str, Any], extra_args: Any
+) -> Hyperparams:
+    """What the schedules give at this step."""
+    values = {}
+    for name, schedule in arguments.schedules.items():
+        key = f"schedule_{name}"
+        value = schedule(states[key], **extra_args) if key in states else schedule(count)
+        if jax.tree.structure(value) != jax.tree.structure(0) or jnp.ndim(value) != 0:
+            raise TypeError(
+                f"The schedule given for {name!r} must return a scalar, got {value!r}. If it is no "
+                f"schedule, write static_args={name!r}."
+            )
+        values[name] = jnp.asarray(value).astype(jnp.float32)
+    return values
+
+
+def _cast_like(new: Any, old: Any) -> Any:
+    """The new tree in the dtypes of the old one, where they have the same structure."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        return new
+    return jax.tree.map(lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype), new, old)

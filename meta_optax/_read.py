@@ -1,0 +1,147 @@
+"""Reading a state from the host, and starting its strategies afresh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from meta_optax._control import LAYOUT_VERSION
+from meta_optax._decisions import DecisionLog
+from meta_optax._inject import InjectMetaHyperparamsState
+from meta_optax._scale import ScaleByMetaState
+from meta_optax._schedule import MetaScheduleState
+
+_OWN_STATES = (InjectMetaHyperparamsState, ScaleByMetaState, MetaScheduleState)
+
+
+def read_hyperparams(opt_state: Any) -> dict[str, float]:
+    """What the last update used, as Python numbers, with one transfer from the device.
+
+    Args:
+      opt_state: an optimizer's state, with `inject_meta_hyperparams`, `scale_by_meta` or
+        `optax.inject_hyperparams` anywhere in it.
+
+    Returns:
+      The hyperparameters by name; `scale_by_meta` reports its factors, as
+      ``learning_rate_scale``.
+
+    Raises:
+      ValueError: if there are none, or if a name stands in two places with different values, or
+        if a state has a layout that this version does not know.
+
+    Example:
+      >>> import jax.numpy as jnp, meta_optax as mo, optax
+      >>> tx = mo.inject_meta_hyperparams(optax.sgd, mo.plateau())(learning_rate=0.5)
+      >>> mo.read_hyperparams(tx.init(jnp.ones(2)))
+      {'learning_rate': 0.5}
+    """
+    found = [node.hyperparams for node in _nodes(opt_state, _has_hyperparams)]
+    if not found:
+        raise ValueError(
+            "The state holds no hyperparameters: the optimizer is built without "
+            "inject_meta_hyperparams, scale_by_meta or optax.inject_hyperparams."
+        )
+    versions = [node.layout_version for node in _nodes(opt_state, _is_own)]
+    values, versions = jax.device_get((found, versions))
+    _check_versions(versions)
+    merged: dict[str, float] = {}
+    for hyperparams in values:
+        for name, value in hyperparams.items():
+            if value.ndim:
+                raise ValueError(f"{name!r} has shape {value.shape}: read one of the states.")
+            if merged.setdefault(name, value.item()) != value.item():
+                raise ValueError(
+                    f"{name!r} stands in the state twice, as {merged[name]} and {value.item()}: "
+                    "read the part of the state that you mean."
+                )
+    return merged
+
+
+def reset(opt_state: Any, tx: Any, params: Any) -> Any:
+    """Starts the strategies afresh; the optimizer's moments and all step counts stay.
+
+    What the strategies start from (base values, changed in flight or not), what the last update
+    used and the log of decisions stay too. Can be called under `jax.jit`.
+
+    Args:
+      opt_state: the optimizer's state.
+      tx: the transformation that it belongs to.
+      params: the params.
+
+    Returns:
+      The state with fresh strategies.
+
+    Raises:
+      ValueError: if there is no strategy in the state, or if it does not belong to ``tx``.
+
+    Example:
+      >>> import jax.numpy as jnp, meta_optax as mo, optax
+      >>> tx = mo.inject_meta_hyperparams(optax.adamw, mo.plateau(patience=1))(learning_rate=0.1)
+      >>> params = jnp.ones(2)
+      >>> state = tx.init(params)
+      >>> for loss in (1.0, 1.0, 0.9):
+      ...     updates, state = tx.update(params, state, params, value=loss)
+      >>> updates, state = tx.update(params, mo.reset(state, tx, params), params, value=5.0)
+      >>> print(state.hyperparams["learning_rate"], state.count)
+      0.1 4
+    """
+    shapes = jax.eval_shape(tx.init, params)
+    if not _nodes(opt_state, _is_own):
+        raise ValueError("The state holds no strategy of this library: there is nothing to reset.")
+    if jax.tree.structure(shapes) != jax.tree.structure(opt_state):
+        raise ValueError("The state does not belong to this transformation: the structures differ.")
+    # Only the strategies' states leave the computation, so XLA makes no second set of moments.
+    fresh = jax.jit(lambda: [n.meta_state for n in _nodes(tx.init(params), _is_own)])()
+    remaining = iter(fresh)
+
+    def renew(node: Any) -> Any:
+        if not _is_own(node):
+            return node
+        meta_state = _keep_logs(node.meta_state, next(remaining))
+        rest = {name: walk(getattr(node, name)) for name in _rest(node)}
+        return node._replace(**rest, meta_state=meta_state)
+
+    def walk(tree: Any) -> Any:
+        return jax.tree.map(renew, tree, is_leaf=_is_own)
+
+    return walk(opt_state)
+
+
+def _keep_logs(old: Any, fresh: Any) -> Any:
+    """The fresh state with the logs of decisions of the old one."""
+
+    def keep(a: Any, b: Any) -> Any:
+        return a if isinstance(a, DecisionLog) else b
+
+    return jax.tree.map(keep, old, fresh, is_leaf=lambda node: isinstance(node, DecisionLog))
+
+
+def _is_own(node: Any) -> bool:
+    return isinstance(node, _OWN_STATES)
+
+
+def _has_hyperparams(node: Any) -> bool:
+    return isinstance(getattr(node, "hyperparams", None), dict)
+
+
+def _rest(node: Any) -> list[str]:
+    """The fields of a state that may hold other states with hyperparameters."""
+    return [name for name in node._fields if name not in ("hyperparams", "meta_state")]
+
+
+def _nodes(tree: Any, is_wanted: Callable[[Any], bool]) -> list[Any]:
+    """The wanted nodes of a tree, outer before inner, those inside of others too."""
+    found = []
+    for leaf in jax.tree.leaves(tree, is_leaf=is_wanted):
+        if is_wanted(leaf):
+            found += [leaf, *_nodes([getattr(leaf, name) for name in _rest(leaf)], is_wanted)]
+    return found
+
+
+def _check_versions(versions: list[Any]) -> None:
+    for version in versions:
+        if (version != LAYOUT_VERSION).any():
+            raise ValueError(
+                f"The state has layout version {version}, and this version of meta_optax knows "
+                f"{LAYOUT_VERSION}: restore it with the version that wrote it."
+            )

@@ -1,0 +1,94 @@
+"""What the plateau strategies decide by, as pure functions on arrays."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from meta_optax._core import Hyperparams, Metrics, forms
+
+# What counts as no weight decay at all, where a bound relative to the base needs a base.
+LEAST_WEIGHT_DECAY = 1e-6
+# A scale of zero could never come back, an infinite growth would be one of zero's multiples.
+_LEAST_SCALE = float(jnp.finfo(jnp.float32).tiny)
+_MOST_GROWTH = 1e30
+
+
+def count_bad(
+    best: Float[Array, ""], bad: Int[Array, ""], value: Float[Array, ""], margin: float
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The best value so far, and how many were no better since.
+
+    Better means ``value < best - margin``.
+    """
+    better = value < best - margin
+    return jnp.where(better, value, best), jnp.where(better, 0, optax.safe_increment(bad))
+
+
+def cut(scale: Float[Array, ""], factor: float | Array, fires: Bool[Array, ""]) -> Float[Array, ""]:
+    """The scale of the rate after a cut where one fires, never quite zero."""
+    return jnp.where(fires, jnp.maximum(scale * factor, _LEAST_SCALE), scale)
+
+
+def grow(
+    growth: Float[Array, ""], factor: float | Array, fires: Bool[Array, ""]
+) -> Float[Array, ""]:
+    """The growth of weight decay after one more where it fires, never infinite."""
+    return jnp.where(fires, jnp.minimum(growth * factor, _MOST_GROWTH), growth)
+
+
+def has_room(metrics: Metrics, min_lr: float | Array) -> Bool[Array, ""]:
+    """Whether the rate in use leaves room for a cut; yes where no rate is shown."""
+    rate = jnp.asarray(metrics.get("learning_rate", jnp.inf)).astype(jnp.float32)
+    return rate > jnp.asarray(min_lr, jnp.float32)
+
+
+def cut_rate(base: Any, scale: Float[Array, ""], min_lr: float | Array) -> Float[Array, ""]:
+    """The base rate under the cuts, which lead to ``min_lr`` at the lowest but lift nothing."""
+    base = jnp.asarray(base).astype(jnp.float32)
+    return jnp.maximum(base * scale, jnp.minimum(base, jnp.asarray(min_lr, jnp.float32)))
+
+
+def grown_decay(
+    base: Any, growth: Float[Array, ""], floor: float | Array, most: float | Array
+) -> Float[Array, ""]:
+    """Weight decay after its growth: ``base * growth``, at least ``floor * growth`` once grown.
+
+    Repeating ``wd = max(wd * factor, least)`` from ``base`` gives, after n times,
+    ``max(base * factor**n, least * factor**(n - 1))``: with ``growth = factor**n`` and
+    ``floor = least / factor`` that is this, which needs no state but the growth. It stays below
+    ``most`` times the base (or ``LEAST_WEIGHT_DECAY``, where that is more).
+    """
+    base = jnp.asarray(base).astype(jnp.float32)
+    highest = float(jnp.finfo(jnp.float32).max)
+    cap = jnp.minimum(most * jnp.maximum(base, LEAST_WEIGHT_DECAY), highest)
+    grown = jnp.minimum(jnp.maximum(base * growth, floor * growth), cap)
+    return jnp.where(growth > 1, grown, base)
+
+
+def warmup_share(step: Int[Array, ""], warmup_steps: int | Array) -> Float[Array, ""]:
+    """The share of the rate that a linear warm-up gives at this step, in (0, 1]."""
+    whole = jnp.maximum(jnp.asarray(warmup_steps).astype(jnp.float32), 1.0)
+    return jnp.minimum((step.astype(jnp.float32) + 1.0) / whole, 1.0)
+
+
+def copy_for_plateau(strategy: str, hyperparams: Mapping[str, Any]) -> Hyperparams:
+    """A copy of the hyperparameters, among which must be one that a plateau controls.
+
+    Raises:
+      ValueError: if there is none, naming those that there are.
+    """
+    if not forms(hyperparams, "learning_rate") + forms(hyperparams, "weight_decay"):
+        raise ValueError(
+            f"{strategy} controls 'learning_rate' and 'weight_decay', of which the optimizer takes "
+            f"neither: its hyperparameters are {sorted(hyperparams)}. Give the factory an argument "
+            "of that name."
+        )
+    return dict(hyperparams)
+
+
+def is_exactly(value: float | Array, number: float) -> bool:
+    """Whether an argument is this number for certain, which a traced one never is."""
+    return isinstance(value, float) and value == number
