@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Int
 
 State = Any
 Metrics = Mapping[str, Any]
-Hyperparams = dict[str, Array]
+# Values are arrays wherever this library calls; people may try a strategy on Python numbers.
+Hyperparams = dict[str, Any]
 ObserveFn = Callable[[State, Metrics], State]
 
 # What the base value of a hyperparameter is called among metrics and in states.
@@ -175,7 +176,7 @@ class ProtectedState(NamedTuple):
 
 def protect(meta: MetaOptimizer) -> MetaOptimizer:
     """Gives a strategy whose state does not count held metrics the rule and the count."""
-    if hasattr(jax.eval_shape(meta.init), "nonfinite_count"):
+    if hasattr(type(jax.eval_shape(meta.init)), "nonfinite_count"):
         return meta
 
     def init() -> ProtectedState:

@@ -15,6 +15,7 @@ from meta_optax._core import (
     MetaOptimizer,
     Metrics,
     State,
+    forms,
     protect,
     read_step,
 )
@@ -121,7 +122,7 @@ def with_decisions(meta_optimizer: MetaOptimizer, capacity: int = 64) -> MetaOpt
 
     def observe(state: WithDecisionsState, metrics: Metrics) -> WithDecisionsState:
         inner = meta.observe(state.inner, metrics)
-        candidates = _candidates(meta, state.inner, inner, _base_of(metrics))
+        candidates = _candidates(meta, state.inner, inner, metrics)
         log = state.log
         if candidates:
             log = _record(log, read_step(meta.name, metrics), candidates)
@@ -205,12 +206,17 @@ def _entries(log: DecisionLog) -> list[Decision]:
     ]
 
 
-def _base_of(metrics: Metrics) -> Hyperparams:
-    return {
-        name.removeprefix(BASE_PREFIX): jnp.asarray(value)
-        for name, value in metrics.items()
-        if name.startswith(BASE_PREFIX)
-    }
+def _base_of(metrics: Metrics) -> tuple[Hyperparams, bool]:
+    """The base values, and whether they are that rather than the current values.
+
+    Every way to act shows base values. Whoever calls ``observe`` without them gets the current
+    ones in their place: what a strategy multiplies them by is the same.
+    """
+    prefixed = {k.removeprefix(BASE_PREFIX): k for k in metrics if k.startswith(BASE_PREFIX)}
+    current = forms(metrics, "learning_rate") + forms(metrics, "weight_decay")
+    keys = prefixed or dict(zip(current, current, strict=True))
+    base = {name: jnp.asarray(metrics[key]).astype(jnp.float32) for name, key in keys.items()}
+    return base, bool(prefixed)
 
 
 def _has_rules(node: Any) -> bool:
@@ -218,7 +224,7 @@ def _has_rules(node: Any) -> bool:
 
 
 def _candidates(
-    meta: MetaOptimizer, old: State, new: State, base: Hyperparams
+    meta: MetaOptimizer, old: State, new: State, metrics: Metrics
 ) -> list[_Candidate]:
     """What each strategy in the state may have changed of each hyperparameter.
 
@@ -226,13 +232,23 @@ def _candidates(
     moves by at one replacement is that strategy's doing. States that name no rules go last,
     together, under the name of the whole.
     """
+    base, is_base = _base_of(metrics)
+    if not base:
+        return []
     old_leaves, treedef = jax.tree.flatten(old, is_leaf=_has_rules)
     new_leaves = jax.tree.leaves(new, is_leaf=_has_rules)
     with_rules = [i for i, leaf in enumerate(old_leaves) if _has_rules(leaf)]
     others = [i for i, leaf in enumerate(old_leaves) if not _has_rules(leaf)]
     mixed = list(old_leaves)
-    before = meta.apply(old, dict(base))
+    start = before = meta.apply(old, dict(base))
     candidates = []
+
+    def value(out: Hyperparams, name: str) -> Float[Array, ""]:
+        given = jnp.asarray(out[name]).astype(jnp.float32)
+        if is_base or name not in base:
+            return given
+        return given * jnp.where(start[name] > 0, base[name] / start[name], 1.0)
+
     for indices in [[i] for i in with_rules] + ([others] if others else []):
         for i in indices:
             mixed[i] = new_leaves[i]
@@ -240,8 +256,8 @@ def _candidates(
         rules = new_leaves[indices[0]].rules() if indices != others else {}
         candidates += [
             _Candidate(
-                old=jnp.asarray(before[name]).astype(jnp.float32),
-                new=jnp.asarray(after[name]).astype(jnp.float32),
+                old=value(before, name),
+                new=value(after, name),
                 hyperparam=jnp.asarray(_encode(name, _NAME_BYTES)),
                 reason=_reason(meta.name, rules, name),
             )

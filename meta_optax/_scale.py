@@ -80,21 +80,21 @@ def scale_by_meta(
     own = tuple(group for group in CONTROLLED_GROUPS if f"{group}_{_RATE}" in names)
 
     def scales(state: State, last: dict[str, Array]) -> dict[str, Array]:
-        base = {_RATE: jnp.ones([], jnp.float32)}
-        used = apply_safely(
-            meta, state, base, {k.removesuffix("_scale"): v for k, v in last.items()}, names
-        )
-        return {f"{name}_scale": jnp.asarray(value, jnp.float32) for name, value in used.items()}
+        rates = {name.removesuffix("_scale"): scale for name, scale in last.items()}
+        used = apply_safely(meta, state, dict(one), rates, names)
+        # What no rule controls stays the 1 that it was, in the buffer that it came in.
+        return {**last, **{f"{name}_scale": used[name] for name in names}}
 
     def init_fn(params: Any) -> ScaleByMetaState:
         if groups is not None and jax.tree.leaves(params):
             check_groups(f"scale_by_meta({meta.name})", groups(params), own)
         meta_state = meta.init()
-        nothing = {f"{name}_scale": jnp.zeros([], jnp.float32) for name in names}
+        start = {f"{_RATE}_scale": jnp.ones([], jnp.float32)}
+        start |= {f"{name}_scale": jnp.zeros([], jnp.float32) for name in names}
         return ScaleByMetaState(
             layout_version=layout_version(),
             count=jnp.zeros([], jnp.int32),
-            hyperparams=scales(meta_state, nothing),
+            hyperparams=scales(meta_state, start),
             meta_state=meta_state,
         )
 

@@ -1,0 +1,183 @@
+"""What every example's command line shares: arguments, one-line errors, and ending on request.
+
+Nothing here imports JAX, so that a script can have its Ctrl-C in place before it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_STDOUT_CLOSED = 128 + 13  # As if killed by SIGPIPE, which Windows does not have.
+
+LARGEST = 2**31 - 1  # Step counts and seeds are int32 on the device.
+
+
+class UserError(Exception):
+    """Something that the user can mend; its text is the whole message."""
+
+
+class Arguments(NamedTuple):
+    """The options of an example."""
+
+    steps: int
+    seed: int
+    out: Path
+    plain: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leaves the usage out: `--help` has it, and the error is easier to see alone."""
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def whole_number(lowest: int):
+    """Returns an argument type for whole numbers from `lowest` to `LARGEST`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not lowest <= value <= LARGEST:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {lowest} to {LARGEST}, not {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def parse_arguments(
+    description: str, *, steps: int, out: str, argv: Sequence[str] | None = None
+) -> Arguments:
+    """Parses the command line; a mistake ends the program with one line on stderr.
+
+    Args:
+        description: the text of `--help`, printed as it is.
+        steps: the default of `--steps`.
+        out: the default of `--out`.
+        argv: the arguments; the process' own by default.
+
+    Returns:
+        The options.
+    """
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--steps", type=whole_number(1), default=steps, help=f"training steps (default: {steps})")
+    add("--seed", type=whole_number(0), default=0, help="weights and order of the data (default: 0)")
+    add("--out", type=Path, default=Path(out), help=f"folder for the files (default: {out})")
+    add("--plain", action="store_true", help="lines instead of a live bar, for logs")
+    return Arguments(**vars(parser.parse_args(argv)))
+
+
+def prepare_folder(out: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Makes sure that every output file can be written, and clears what an earlier run left.
+
+    A file left over would be mistaken for this run's if this run were killed before writing its own.
+
+    Args:
+        out: the folder, created if it is missing.
+        names: the files that will be written there.
+
+    Returns:
+        The files' paths by name.
+
+    Raises:
+        UserError: naming the path and what is wrong with it.
+    """
+    paths = {name: out / name for name in names}
+    path = out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in paths.values():
+            path.open("a").close()
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write {path}: {error.strerror or error}") from error
+    return paths
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failure to write a file, a full disk for one, into a message that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class StopRequest:
+    """Ctrl-C, or a reader of stdout who went away, as a flag that the training loop asks for.
+
+    An exception would come up anywhere, inside JAX or a background thread's callback among other
+    places, and could not be told apart from an error there.
+
+    Attributes:
+        exit_code: 0, or what to exit with since somebody asked for the end.
+    """
+
+    def __init__(self) -> None:
+        """Starts without a request."""
+        self.exit_code = 0
+
+    def install(self) -> None:
+        """Takes over Ctrl-C; a second one ends the process at once."""
+        signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def _on_interrupt(self, *_: object) -> None:
+        self.request(EXIT_INTERRUPTED)
+        signal.signal(signal.SIGINT, _leave_now)
+
+    def request(self, exit_code: int) -> None:
+        """Asks for the end; the first reason given is the one that counts."""
+        self.exit_code = self.exit_code or exit_code
+
+    def say(self, text: str = "") -> None:
+        """Prints a line; if nobody reads stdout any more, asks for the end instead."""
+        try:
+            print(text, flush=True)
+        except OSError:
+            self.request(EXIT_STDOUT_CLOSED)
+            # What is still buffered needs a place to go, or the interpreter complains on its way out.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _leave_now(*_: object) -> NoReturn:
+    os._exit(EXIT_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def interruptible_imports() -> Iterator[None]:
+    """Lets Ctrl-C during the seconds that imports take end the process without a traceback."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler:  # A program that imports us has its own way.
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave_now)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def fail(error: Exception) -> int:
+    """Prints one line on stderr and returns the exit code of bad input."""
+    line = " ".join(str(error).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    return EXIT_BAD_INPUT

@@ -1,0 +1,102 @@
+"""The picture of a run: four panels drawn from its logged records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from command_line import writing
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Records = Sequence[dict[str, Any]]
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers and in print.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
+
+RATES = {
+    "dense": ("learning_rate", BLUE),
+    "gate": ("gate_learning_rate", ORANGE),
+    "expert": ("expert_learning_rate", GREEN),
+}
+
+
+def column(records: Records, name: str) -> np.ndarray:
+    """Returns one logged quantity over all records."""
+    return np.asarray([record[name] for record in records], float)
+
+
+def draw_loss(axes: Axes, records: Records) -> None:
+    """Draws the loss of each logged batch, and the smoothed one that the controller was shown."""
+    steps = column(records, "step")
+    axes.plot(steps, column(records, "loss"), color=GREY, lw=0.8, label="one batch")
+    axes.plot(steps, column(records, "smoothed_loss"), color=BLUE, lw=1.8, label="smoothed")
+    axes.set(title="Loss", ylabel="nats per byte")
+    axes.legend(loc="upper right")
+
+
+def draw_rates(axes: Axes, records: Records) -> None:
+    """Draws the learning rate of every group on a logarithmic axis."""
+    steps = column(records, "step")
+    widths = (4.0, 1.8, 1.8)  # Groups may share a rate: the wider line stays visible beneath.
+    for (group, (name, color)), width in zip(RATES.items(), widths, strict=True):
+        axes.plot(steps, column(records, name), color=color, lw=width, label=group)
+    axes.set(title="Learning rate by group", yscale="log")
+    axes.legend(loc="best")
+
+
+def draw_gate(axes: Axes, records: Records) -> None:
+    """Draws gate entropy, and on a second axis the share of decided tokens."""
+    steps = column(records, "step")
+    experts = len(records[0]["expert_usage"])
+    (entropy,) = axes.plot(
+        steps, column(records, "gate_entropy"), color=BLUE, lw=1.8, label="entropy (left)"
+    )
+    axes.set(title="Router", ylabel="entropy, nats", ylim=(0, np.log(experts) * 1.05))
+    axes.yaxis.label.set_color(BLUE)
+    right = axes.twinx()
+    (sparsity,) = right.plot(
+        steps, column(records, "gate_sparsity"), color=ORANGE, lw=1.8, label="sparsity (right)"
+    )
+    right.set(ylabel="share of tokens with top p > 0.5", ylim=(0, 1.05))
+    right.yaxis.label.set_color(ORANGE)
+    axes.legend(handles=[entropy, sparsity], loc="center right")
+
+
+def draw_usage(axes: Axes, records: Records) -> None:
+    """Draws the experts' shares of the load over time; an even load is the middle colour."""
+    usage = np.stack([record["expert_usage"] for record in records], axis=1)
+    steps, experts = column(records, "step"), len(usage)
+    image = axes.imshow(
+        usage,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="viridis",
+        vmin=0.0,
+        vmax=max(2.0 / experts, float(usage.max())),
+        extent=(steps[0], max(steps[-1], steps[0] + 1), experts - 0.5, -0.5),
+    )
+    axes.set(title="Expert usage", ylabel="expert", yticks=range(experts))
+    axes.figure.colorbar(image, ax=axes, label=f"share of slots (even: {1 / experts:.3g})")
+
+
+def draw_run(records: Records, title: str, path: Path) -> None:
+    """Writes the four panels of a run as a PNG.
+
+    Args:
+        records: what was logged; at least one.
+        title: the heading over the panels.
+        path: where to write it.
+    """
+    figure = Figure(figsize=(11, 7.5), dpi=120, layout="constrained")
+    panels = figure.subplots(2, 2)
+    for axes, draw in zip(
+        panels.flat, (draw_loss, draw_rates, draw_gate, draw_usage), strict=True
+    ):
+        draw(axes, records)
+        axes.set_xlabel("step")
+    figure.suptitle(title)
+    with writing(path):
+        figure.savefig(path)

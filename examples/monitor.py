@@ -1,0 +1,137 @@
+"""Watching a run: a live bar or plain lines, and a log of one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from command_line import StopRequest, writing
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+PLAIN_SECONDS = 2.0  # Plain lines come no faster than this: they are read later, all at once.
+
+
+def to_json(value: Any) -> Any:
+    """Makes a value fit for strict JSON: arrays become lists, NaN and infinities become null."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, float):
+        # Float32 carries no more digits than these.
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one indented JSON document."""
+    with writing(path):
+        path.write_text(json.dumps(to_json(value), indent=1) + "\n", encoding="utf-8")
+
+
+class JsonLines:
+    """A log with one JSON object a line, each on disk before the next step is waited for."""
+
+    def __init__(self, path: Path) -> None:
+        """Starts an empty log."""
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        with writing(path):
+            self._file = path.open("w", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one object, and keeps it for the plots."""
+        self.records.append(dict(record))
+        with writing(self.path):
+            self._file.write(json.dumps(to_json(record)) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        with writing(self.path):
+            self._file.close()
+
+
+class Monitor:
+    """Shows how far a run is: a live bar with the latest values under it, or a line now and then.
+
+    The bar needs a terminal; anything else (a pipe, a log file) gets plain lines unasked.
+    """
+
+    def __init__(self, total: int, stop: StopRequest, *, plain: bool) -> None:
+        """Prepares a display for a number of steps; nothing is shown before it is entered."""
+        self.total = total
+        self._stop = stop
+        self._started = self._last_line = -math.inf
+        self._values = Text()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            speed_estimate_period=60,
+        )
+        self._task = self._progress.add_task("starting", total=total, start=False)
+        console = Console()
+        live = not plain and console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(console=console, get_renderable=self._render) if live else None
+
+    def _render(self) -> Group:
+        return Group(self._progress, self._values)
+
+    def __enter__(self) -> Self:
+        """Starts the live display."""
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leaves the last state of the display standing."""
+        if self._live:
+            self._live.stop()
+
+    def announce(self, what: str) -> None:
+        """Says what happens now."""
+        self._progress.update(self._task, description=what)
+        if not self._live:
+            self._stop.say(what)
+
+    def start(self) -> None:
+        """Starts the clock of the time left; what came before, compiling, does not count."""
+        self._started = time.monotonic()
+        self._progress.start_task(self._task)
+        self._progress.update(self._task, description="training")
+
+    def show(self, done: int, values: Mapping[str, str]) -> None:
+        """Shows how many steps are done, and the latest values."""
+        self._progress.update(self._task, completed=done)
+        text = "  ".join(f"{name} {value}" for name, value in values.items())
+        self._values = Text(text)
+        now = time.monotonic()
+        due = now - self._last_line >= PLAIN_SECONDS or done == self.total
+        if self._live is None and due:
+            self._last_line = now
+            left = format_duration((now - self._started) * (self.total - done) / done)
+            self._stop.say(f"{done}/{self.total}  {text}  {left} left")
+
+
+def format_duration(seconds: float) -> str:
+    """Returns a duration as minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
