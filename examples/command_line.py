@@ -3,10 +3,9 @@
 Nothing here imports JAX, so that a script can have its Ctrl-C in place before it does.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -80,7 +79,7 @@ def parse_arguments(
     )
     add = parser.add_argument
     add("--steps", type=whole_number(1), default=steps, help=f"training steps (default: {steps})")
-    add("--seed", type=whole_number(0), default=0, help="weights and order of the data (default: 0)")
+    add("--seed", type=whole_number(0), default=0, help="of weights and data order (default: 0)")
     add("--out", type=Path, default=Path(out), help=f"folder for the files (default: {out})")
     add("--plain", action="store_true", help="lines instead of a live bar, for logs")
     return Arguments(**vars(parser.parse_args(argv)))
@@ -89,7 +88,7 @@ def parse_arguments(
 def prepare_folder(out: Path, names: Sequence[str]) -> dict[str, Path]:
     """Makes sure that every output file can be written, and clears what an earlier run left.
 
-    A file left over would be mistaken for this run's if this run were killed before writing its own.
+    A file left over would be taken for this run's, were this run killed before writing its own.
 
     Args:
         out: the folder, created if it is missing.
@@ -138,6 +137,8 @@ class StopRequest:
 
     def install(self) -> None:
         """Takes over Ctrl-C; a second one ends the process at once."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # A path may hold any bytes.
         signal.signal(signal.SIGINT, self._on_interrupt)
 
     def _on_interrupt(self, *_: object) -> None:
@@ -154,7 +155,7 @@ class StopRequest:
             print(text, flush=True)
         except OSError:
             self.request(EXIT_STDOUT_CLOSED)
-            # What is still buffered needs a place to go, or the interpreter complains on its way out.
+            # What is still buffered needs a place to go, or the interpreter complains as it ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

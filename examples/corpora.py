@@ -5,17 +5,17 @@ Code is the standard library's own top-level modules, prose is the language refe
 but the order. The sizes differ between Python versions, so losses compare on one version only.
 """
 
-from __future__ import annotations
-
+import functools
 import sysconfig
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pydoc_data import topics
 from typing import NamedTuple, TypedDict
 
 import grain
 import numpy as np
-from pydoc_data import topics
+from command_line import UserError
 
 CORPORA = ("code", "prose", "names")
 
@@ -34,7 +34,7 @@ COMPUTED_NAMES = (
 SPLIT_SEED = 0
 
 
-class CorpusError(RuntimeError):
+class CorpusError(UserError):
     """A corpus is missing from this Python installation, or too short for the batches asked for."""
 
 
@@ -117,7 +117,7 @@ def load_corpora(length: int, held_out: int) -> dict[str, Split]:
         try:
             splits[name] = split_chunks(read(), length, held_out)
         except (CorpusError, OSError) as error:
-            raise CorpusError(f"the corpus {name!r} of this Python cannot be used: {error}") from error
+            raise CorpusError(f"this Python's corpus {name!r} cannot be used: {error}") from error
     return splits
 
 
@@ -136,15 +136,19 @@ def training_batches(splits: Mapping[str, Split], batch_size: int, seed: int) ->
         A Grain iterator, which prepares batches ahead in a thread.
     """
     streams = [
-        grain.MapDataset.source(split.train)
+        grain.MapDataset.range(len(split.train))
         .seed(seed)
         .shuffle()
         .repeat()
-        .map(lambda chunk, index=index: Batch(tokens=chunk, corpus=np.int32(index)))
-        for index, split in enumerate(splits.values())
+        .map(functools.partial(_row, split.train, corpus))
+        for corpus, split in enumerate(splits.values())
     ]
     mixed = grain.MapDataset.mix(streams).batch(batch_size, drop_remainder=True)
     return iter(mixed.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+
+
+def _row(chunks: np.ndarray, corpus: int, index: int) -> Batch:
+    return Batch(tokens=chunks[index], corpus=np.array(corpus, np.int32))
 
 
 def held_out_batches(splits: Mapping[str, Split], batch_size: int) -> list[Batch]:

@@ -1,7 +1,5 @@
 """The picture of a run: four panels drawn from its logged records."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ from matplotlib.figure import Figure
 Records = Sequence[dict[str, Any]]
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers and in print.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
+BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 
 RATES = {
     "dense": ("learning_rate", BLUE),
-    "gate": ("gate_learning_rate", ORANGE),
+    "gate": ("gate_learning_rate", RED),
     "expert": ("expert_learning_rate", GREEN),
 }
 
@@ -54,32 +52,30 @@ def draw_gate(axes: Axes, records: Records) -> None:
     (entropy,) = axes.plot(
         steps, column(records, "gate_entropy"), color=BLUE, lw=1.8, label="entropy (left)"
     )
-    axes.set(title="Router", ylabel="entropy, nats", ylim=(0, np.log(experts) * 1.05))
+    # A quarter of headroom over what is possible, so that no line ever runs behind the legend.
+    axes.set(title="Router", ylabel="entropy, nats", ylim=(0, 1.25 * np.log(experts)))
     axes.yaxis.label.set_color(BLUE)
     right = axes.twinx()
     (sparsity,) = right.plot(
-        steps, column(records, "gate_sparsity"), color=ORANGE, lw=1.8, label="sparsity (right)"
+        steps, column(records, "gate_sparsity"), color=RED, lw=1.8, label="sparsity (right)"
     )
-    right.set(ylabel="share of tokens with top p > 0.5", ylim=(0, 1.05))
-    right.yaxis.label.set_color(ORANGE)
-    axes.legend(handles=[entropy, sparsity], loc="center right")
+    right.set(ylabel="share of tokens with top p > 0.5", ylim=(0, 1.25))
+    right.yaxis.label.set_color(RED)
+    axes.legend(handles=[entropy, sparsity], loc="upper center", ncols=2)
 
 
 def draw_usage(axes: Axes, records: Records) -> None:
-    """Draws the experts' shares of the load over time; an even load is the middle colour."""
+    """Draws the experts' shares of the load over time."""
     usage = np.stack([record["expert_usage"] for record in records], axis=1)
     steps, experts = column(records, "step"), len(usage)
-    image = axes.imshow(
-        usage,
-        aspect="auto",
-        interpolation="nearest",
-        cmap="viridis",
-        vmin=0.0,
-        vmax=max(2.0 / experts, float(usage.max())),
-        extent=(steps[0], max(steps[-1], steps[0] + 1), experts - 0.5, -0.5),
-    )
+    # A record's colour reaches half-way to its neighbours; a lone one gets a step.
+    edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, [max(steps[-1], 1.0)]])
+    even = 1.0 / experts
+    highest = max(2 * even, float(usage.max()))
+    mesh = axes.pcolormesh(edges, np.arange(experts + 1) - 0.5, usage, vmin=0.0, vmax=highest)
     axes.set(title="Expert usage", ylabel="expert", yticks=range(experts))
-    axes.figure.colorbar(image, ax=axes, label=f"share of slots (even: {1 / experts:.3g})")
+    axes.invert_yaxis()
+    axes.figure.colorbar(mesh, ax=axes, label=f"share of slots (even: {even:.3g})")
 
 
 def draw_run(records: Records, title: str, path: Path) -> None:
@@ -92,9 +88,7 @@ def draw_run(records: Records, title: str, path: Path) -> None:
     """
     figure = Figure(figsize=(11, 7.5), dpi=120, layout="constrained")
     panels = figure.subplots(2, 2)
-    for axes, draw in zip(
-        panels.flat, (draw_loss, draw_rates, draw_gate, draw_usage), strict=True
-    ):
+    for axes, draw in zip(panels.flat, (draw_loss, draw_rates, draw_gate, draw_usage), strict=True):
         draw(axes, records)
         axes.set_xlabel("step")
     figure.suptitle(title)

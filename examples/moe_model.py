@@ -1,12 +1,15 @@
 """A byte-level mixture-of-experts transformer in Flax NNX, and the statistics of its routers.
 
-Routing is exact: every token reaches both experts its router chose, none is dropped, whatever the
-load. Tokens are sorted by expert into blocks of one expert each, so the arithmetic is that of the
-chosen experts only. On two CPU cores (2,304 tokens, width 128) forward and backward of a layer
-take about 0.3 times as long as running every expert on every token.
-"""
+Routing is exact: every token reaches both experts that its router chose, and none is dropped,
+whatever the load; so no token's output hangs on the tokens after it. Choices are put into blocks of
+one expert each, so that little more than the chosen experts' arithmetic is done. Forward and
+backward of one layer, timed on two CPU cores (6,144 tokens, width 128, 8 experts):
 
-from __future__ import annotations
+    every expert on every token, weighted      157 ms
+    a capacity of 1.5, tokens dropped above     61 ms
+    `jax.lax.ragged_dot`                       253 ms
+    these blocks of 128, nothing dropped        67 ms
+"""
 
 from typing import Any, NamedTuple
 
@@ -36,7 +39,7 @@ class Routing(NamedTuple):
     """What a router decided: probabilities over all experts, and the experts it selected."""
 
     probs: Float[Array, "*layers tokens experts"]
-    index: Int[Array, "*layers tokens selected"]
+    selected: Int[Array, "*layers tokens selected"]
 
 
 class Experts(nnx.Module):
@@ -102,8 +105,10 @@ class MoeLayer(nnx.Module):
         weight = weight / weight.sum(axis=-1, keepdims=True)
         row, owner = assign_slots(index.reshape(-1), config.experts, config.block)
         # Rows that no choice took point past the last token and are filled with zeros.
-        source = jnp.full(owner.size * config.block, len(tokens)).at[row].set(
-            jnp.arange(row.size) // config.selected, unique_indices=True
+        source = (
+            jnp.full(owner.size * config.block, len(tokens))
+            .at[row]
+            .set(jnp.arange(row.size) // config.selected, unique_indices=True)
         )
         blocks = tokens.at[source].get(mode="fill", fill_value=0)
         outputs = self.experts(blocks.reshape(owner.size, config.block, width), owner)
@@ -209,13 +214,13 @@ def balance_loss(routing: Routing) -> Float[Array, ""]:
     is 1 when the load is even.
     """
     experts = routing.probs.shape[-1]
-    share = jax.nn.one_hot(routing.index, experts).mean(axis=(1, 2))
+    share = jax.nn.one_hot(routing.selected, experts).mean(axis=(1, 2))
     return experts * jnp.mean(jnp.sum(share * routing.probs.mean(axis=1), axis=-1))
 
 
 def router_statistics(
     routing: Routing, corpus: Int[Array, " batch"], corpora: int
-) -> dict[str, Float[Array, "..."]]:
+) -> dict[str, Array]:
     """Measures what the routers do, from their probabilities over all experts.
 
     Args:
@@ -228,10 +233,10 @@ def router_statistics(
         0.5) and `expert_usage` [E] (shares of the selected slots), all means over the layers, and
         `corpus_usage` [L, C, E], the shares within each corpus; of a corpus without rows, zeros.
     """
-    probs, index = routing
-    layers, tokens, experts = probs.shape
+    probs, selected = routing
+    layers, _, experts = probs.shape
     entropy = jax.scipy.special.entr(probs).sum(axis=-1)
-    used = jax.nn.one_hot(index, experts).mean(axis=2).reshape(layers, len(corpus), -1, experts)
+    used = jax.nn.one_hot(selected, experts).mean(axis=2).reshape(layers, len(corpus), -1, experts)
     by_row = used.mean(axis=2)
     rows = jax.nn.one_hot(corpus, corpora)
     by_corpus = jnp.einsum("lbe,bc->lce", by_row, rows) / jnp.maximum(rows.sum(axis=0), 1)[:, None]

@@ -1,20 +1,22 @@
 """Watching a run: a live bar or plain lines, and a log of one JSON object a line."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+import numpy as np
 from command_line import StopRequest, writing
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+Describe = Callable[[dict[str, Any]], dict[str, str]]
 
 PLAIN_SECONDS = 2.0  # Plain lines come no faster than this: they are read later, all at once.
 
@@ -103,6 +105,7 @@ class Monitor:
         trace: TracebackType | None,
     ) -> None:
         """Leaves the last state of the display standing."""
+        self._progress.update(self._task, description="finished")
         if self._live:
             self._live.stop()
 
@@ -129,6 +132,44 @@ class Monitor:
             self._last_line = now
             left = format_duration((now - self._started) * (self.total - done) / done)
             self._stop.say(f"{done}/{self.total}  {text}  {left} left")
+
+
+class Recorder:
+    """Fetches a logged step's metrics, one step late, and hands them to log and display.
+
+    By then the device has the next step to work on, so that it never waits for the host.
+    """
+
+    def __init__(
+        self, log: JsonLines, monitor: Monitor, tokens_per_step: int, describe: Describe
+    ) -> None:
+        """Starts with nothing kept; `describe` says what to show of a record."""
+        self._log, self._monitor, self._describe = log, monitor, describe
+        self._tokens_per_step = tokens_per_step
+        self._kept: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._fetched: tuple[int, float] | None = None
+
+    def keep(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Remembers the metrics of a step to be logged."""
+        self._kept = step, metrics
+
+    def flush(self) -> None:
+        """Fetches, logs and shows what is kept."""
+        if self._kept is None:
+            return
+        (step, metrics), self._kept = self._kept, None
+        values = jax.device_get(metrics)
+        # Single numbers first: a person who reads the log looks for those.
+        by_rank = dict(sorted(values.items(), key=lambda item: np.ndim(item[1])))
+        record = {"step": step, "tokens_per_second": self._speed(step), **by_rank}
+        self._log.write(record)
+        self._monitor.show(step + 1, self._describe(record))
+
+    def _speed(self, step: int) -> float | None:
+        """Returns the tokens per second since the last fetch; nothing is known at the first."""
+        now, last = time.perf_counter(), self._fetched
+        self._fetched = step, now
+        return last and (step - last[0]) * self._tokens_per_step / (now - last[1])
 
 
 def format_duration(seconds: float) -> str:

@@ -1,7 +1,5 @@
 """The last words of a run: tables for people, and a summary for machines."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata

@@ -9,8 +9,6 @@ Unicode names, all read from the running Python itself. AdamW trains it in one c
 `smart_expert_gate` sets the rates of routers and experts apart, from how the routers behave.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 import time
@@ -24,13 +22,11 @@ from command_line import Arguments, StopRequest, UserError
 with command_line.interruptible_imports():
     import jax
     import jax.numpy as jnp
-    import meta_optax as mo
     import numpy as np
     import optax
     from corpora import (
         CORPORA,
         Batch,
-        CorpusError,
         Split,
         held_out_batches,
         load_corpora,
@@ -47,8 +43,10 @@ with command_line.interruptible_imports():
         label_params,
         router_statistics,
     )
-    from monitor import JsonLines, Monitor, write_json
+    from monitor import JsonLines, Monitor, Recorder, write_json
     from report import format_bits, format_usage, versions
+
+    import meta_optax as mo
 
 STEPS, OUT = 600, "runs/train_moe"
 FILES = ("log.jsonl", "train_moe.png", "summary.json")
@@ -95,7 +93,7 @@ def loss_and_statistics(
     logits, routing = nnx.merge(graphdef, params)(tokens[:, :-1])
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     balance = balance_loss(routing)
-    statistics = router_statistics(routing, batch["corpus"], len(CORPORA))
+    statistics = router_statistics(routing, jnp.asarray(batch["corpus"]), len(CORPORA))
     loss = losses.mean()
     return loss + BALANCE_WEIGHT * balance, {"loss": loss, "balance_loss": balance, **statistics}
 
@@ -122,44 +120,10 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     rates = {
         name: value
-        for name, value in opt_state.hyperparams.items()
+        for name, value in optax.tree.get(opt_state, "hyperparams").items()
         if name.endswith(("learning_rate", "weight_decay"))
     }
     return TrainState(params, opt_state, smoothed), {**metrics, **rates, "smoothed_loss": smoothed}
-
-
-class Recorder:
-    """Fetches a logged step's metrics, one step late, and hands them to log and display.
-
-    By then the device has the next step to work on, so that it never waits for the host.
-    """
-
-    def __init__(self, log: JsonLines, monitor: Monitor, tokens_per_step: int) -> None:
-        """Starts with nothing kept."""
-        self._log, self._monitor = log, monitor
-        self._tokens_per_step = tokens_per_step
-        self._kept: tuple[int, dict[str, Array]] | None = None
-        self._fetched: tuple[int, float] | None = None
-
-    def keep(self, step: int, metrics: dict[str, Array]) -> None:
-        """Remembers the metrics of a step to be logged."""
-        self._kept = step, metrics
-
-    def flush(self) -> None:
-        """Fetches, logs and shows what is kept."""
-        if self._kept is None:
-            return
-        (step, metrics), self._kept = self._kept, None
-        values = jax.device_get(metrics)
-        record = {"step": step, **values, "tokens_per_second": self._speed(step)}
-        self._log.write(record)
-        self._monitor.show(step + 1, describe(record))
-
-    def _speed(self, step: int) -> float | None:
-        """Returns the tokens per second since the last fetch; nothing is known at the first."""
-        now, last = time.perf_counter(), self._fetched
-        self._fetched = step, now
-        return last and (step - last[0]) * self._tokens_per_step / (now - last[1])
 
 
 def describe(record: dict[str, Any]) -> dict[str, str]:
@@ -209,7 +173,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     graphdef: nnx.GraphDef, params: PyTree, splits: dict[str, Split], stop: StopRequest
 ) -> Evaluation | None:
-    """Measures bits per held-out byte, and who serves which corpus; None if the end is asked for."""
+    """Measures bits per held-out byte and who serves which corpus; None if asked to end."""
     batches = held_out_batches(splits, BATCH_SIZE)
     measure = jax.jit(functools.partial(loss_and_statistics, graphdef))
     losses, usage = [], []
@@ -236,10 +200,9 @@ class Outcome(NamedTuple):
     baseline: dict[str, float]
 
 
-def run(
-    arguments: Arguments, log: JsonLines, stop: StopRequest, config: ModelConfig = ModelConfig()
-) -> Outcome:
+def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Outcome:
     """Trains and evaluates under a live display."""
+    config = ModelConfig()
     with Monitor(arguments.steps, stop, plain=arguments.plain) as monitor:
         monitor.announce("reading the corpora")
         splits = load_corpora(config.length, HELD_OUT_CHUNKS)
@@ -252,10 +215,10 @@ def run(
         begin = time.perf_counter()
         # Compiled ahead of time: another shape or dtype is an error then, not a second compile.
         jitted = jax.jit(functools.partial(train_step, graphdef, tx), donate_argnums=0)
-        step_fn = jitted.lower(state, next(batches)).compile()
+        step_fn = jitted.lower(state, held_out_batches(splits, BATCH_SIZE)[0]).compile()
         compiled = time.perf_counter()
         monitor.start()
-        recorder = Recorder(log, monitor, BATCH_SIZE * config.length)
+        recorder = Recorder(log, monitor, BATCH_SIZE * config.length, describe)
         state, done = train(step_fn, state, batches, arguments.steps, recorder, stop)
         trained = time.perf_counter()
         monitor.announce("evaluating on held-out bytes")
@@ -268,3 +231,81 @@ def run(
         evaluation=evaluation,
         baseline=unigram_bits(splits),
     )
+
+
+def usage_of(log: JsonLines, outcome: Outcome) -> tuple[np.ndarray, str]:
+    """Returns who serves which corpus [layers, corpora, experts], and on which bytes."""
+    if outcome.evaluation:
+        return outcome.evaluation.usage, "held-out bytes"
+    last = [record["corpus_usage"] for record in log.records[-10:]]
+    return np.mean(last, axis=0), "the last logged training batches"
+
+
+def say_results(log: JsonLines, outcome: Outcome, stop: StopRequest) -> None:
+    """Prints what was reached, who serves what, and what the controller did."""
+    if outcome.evaluation:
+        stop.say("\nBits per held-out byte (lower is better)")
+        stop.say(format_bits(outcome.evaluation.bits, outcome.baseline))
+    else:
+        stop.say(f"\nEnded on request after {outcome.steps} steps; nothing was evaluated.")
+    if log.records:
+        usage, source = usage_of(log, outcome)
+        stop.say(f"\nWhich expert serves which corpus: shares of {source} (* the strongest)")
+        stop.say(format_usage(usage, CORPORA))
+    stop.say("\nWhat the controller changed, and why")
+    stop.say(mo.format_decisions(mo.read_decisions(outcome.opt_state)))
+
+
+def summarise(arguments: Arguments, log: JsonLines, outcome: Outcome) -> dict[str, Any]:
+    """Returns the run in a nutshell, for machines."""
+    evaluation = outcome.evaluation
+    summary: dict[str, Any] = {
+        "steps": outcome.steps,
+        "steps_asked_for": arguments.steps,
+        "seed": arguments.seed,
+        "compile_seconds": outcome.compile_seconds,
+        "train_seconds": outcome.train_seconds,
+        "bits_per_byte": evaluation and evaluation.bits,
+        "bits_per_byte_of_byte_frequencies": outcome.baseline,
+        "hyperparams": mo.read_hyperparams(outcome.opt_state),
+        "decisions": [d._asdict() for d in mo.read_decisions(outcome.opt_state)],
+        "versions": versions(),
+    }
+    if log.records:
+        usage, source = usage_of(log, outcome)
+        summary |= {"corpora": CORPORA, "corpus_usage": usage, "corpus_usage_of": source}
+    return summary
+
+
+def write_files(
+    arguments: Arguments, paths: dict[str, Path], log: JsonLines, outcome: Outcome
+) -> list[Path]:
+    """Writes the picture and the summary; returns the files that there are now."""
+    if log.records:
+        bits = outcome.evaluation and outcome.evaluation.bits["overall"]
+        result = f"{bits:.3f} bits per held-out byte" if bits else "ended on request"
+        draw_run(log.records, f"train_moe: {outcome.steps} steps, {result}", paths["train_moe.png"])
+    write_json(paths["summary.json"], summarise(arguments, log, outcome))
+    return [path for path in paths.values() if path.exists()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the example; returns the exit code."""
+    arguments = command_line.parse_arguments(__doc__ or "", steps=STEPS, out=OUT, argv=argv)
+    stop = StopRequest()
+    stop.install()
+    try:
+        paths = command_line.prepare_folder(arguments.out, FILES)
+        log = JsonLines(paths["log.jsonl"])
+        outcome = run(arguments, log, stop)
+        log.close()
+        say_results(log, outcome, stop)
+        files = write_files(arguments, paths, log, outcome)
+    except UserError as error:
+        return command_line.fail(error)
+    stop.say("\nFiles: " + "  ".join(map(str, files)))
+    return stop.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

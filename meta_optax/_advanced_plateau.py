@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_optax import _checks
+from meta_optax._checks import Scalar
 from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
@@ -72,17 +73,17 @@ class AdvancedPlateauState(NamedTuple):
 
 def advanced_plateau(
     *,
-    patience: int | Array = 3,
-    lr_factor: float | Array = 0.5,
-    min_lr: float | Array = 1e-7,
-    grad_norm_threshold: float | Array = 10.0,
-    weight_decay_factor: float | Array = 1.5,
-    weight_norm_threshold: float | Array = 1.0,
-    warmup_steps: int | Array = 50,
-    trend_window: int = 5,
-    update_frequency: int | Array = 1,
-    rearm_trend: bool = True,
-    max_weight_decay_growth: float | Array = 10.0,
+    patience: Scalar = 3,
+    lr_factor: Scalar = 0.5,
+    min_lr: Scalar = 1e-7,
+    grad_norm_threshold: Scalar = 10.0,
+    weight_decay_factor: Scalar = 1.5,
+    weight_norm_threshold: Scalar = 1.0,
+    warmup_steps: Scalar = 50,
+    trend_window: Scalar = 5,
+    update_frequency: Scalar = 1,
+    rearm_trend: Scalar = True,
+    max_weight_decay_growth: Scalar = 10.0,
 ) -> MetaOptimizer:
     r"""Warm-up, then cuts by patience or by trend, and weight decay grown on large norms.
 
@@ -181,7 +182,9 @@ def advanced_plateau(
     def needs(metrics: Metrics) -> dict[str, int]:
         return {"value": 0} | dict.fromkeys(norms if sees(metrics, "weight_decay") else (), 0)
 
-    def observe_rate(state: AdvancedPlateauState, metrics: Metrics, warm: Bool[Array, ""]) -> AdvancedPlateauState:
+    def observe_rate(
+        state: AdvancedPlateauState, metrics: Metrics, warm: Bool[Array, ""]
+    ) -> AdvancedPlateauState:
         best, bad = count_bad(state.best, state.bad_count, metrics["value"], _LEAST_IMPROVEMENT)
         losses = push(state.losses, metrics["value"])
         by_patience = bad >= patience
@@ -195,11 +198,11 @@ def advanced_plateau(
             rate_rule=jnp.where(warm | fires, rule, state.rate_rule).astype(jnp.int32),
         )
 
-    def observe_decay(state: AdvancedPlateauState, metrics: Metrics, warm: Bool[Array, ""]) -> AdvancedPlateauState:
+    def observe_decay(
+        state: AdvancedPlateauState, metrics: Metrics, warm: Bool[Array, ""]
+    ) -> AdvancedPlateauState:
         grad_norm, param_norm = (metrics[k] if k in norms else 0.0 * metrics["value"] for k in uses)
-        positive = param_norm > 0
-        pushed = push(state.param_norms, param_norm)
-        param_norms = Window(*(jnp.where(positive, a, b) for a, b in zip(pushed, state.param_norms)))
+        param_norms = select(param_norm > 0, push(state.param_norms, param_norm), state.param_norms)
         growth = (param_norms.values[2] - param_norms.values[0]) / 3
         rising = metrics["value"] > state.previous_value
         causes = [

@@ -1,17 +1,22 @@
 """Checks of arguments: at build time an error, while tracing a clip."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Number = float | int | np.generic | np.ndarray | jax.Array
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike as Scalar
+else:
+    # What is no number has to reach the checks here, also where types are checked at run time.
+    Scalar = Any
 
 
 def real(
     name: str,
-    value: Number,
+    value: Any,
     *,
     low: float = 0.0,
     high: float = math.inf,
@@ -47,14 +52,14 @@ def real(
     return number
 
 
-def size(name: str, value: Number, *, low: int) -> int:
+def size(name: str, value: Any, *, low: int) -> int:
     """Like `integer`, for what decides a shape and so must not be traced."""
     if isinstance(value, jax.core.Tracer):
         raise ValueError(f"{name} decides the shape of a state, so it must not be traced: {value}.")
     return int(integer(name, value, low=low))
 
 
-def integer(name: str, value: Number, *, low: int) -> int | jax.Array:
+def integer(name: str, value: Any, *, low: int) -> int | jax.Array:
     """Returns ``value`` if it is an integer of at least ``low``, else raises.
 
     A traced value is clipped to ``low`` from below instead.
@@ -75,19 +80,19 @@ def integer(name: str, value: Number, *, low: int) -> int | jax.Array:
     return int(number)
 
 
-def flag(name: str, value: bool) -> bool:
+def flag(name: str, value: Any) -> bool:
     """Returns ``value`` if it is a bool, else raises a ``ValueError`` that names the argument."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}.")
     return value
 
 
-def _as_float(value: object) -> float | None:
+def _as_float(value: Any) -> float | None:
     """A finite or infinite Python float, or None for what is no real scalar."""
-    if isinstance(value, bool | np.bool_ | str | bytes) or value is None or np.ndim(value) != 0:  # type: ignore[arg-type]
+    if isinstance(value, bool | np.bool_ | str | bytes) or value is None or np.ndim(value) != 0:
         return None
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except (TypeError, ValueError):
         return None
     return None if math.isnan(number) else number

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from meta_optax import _checks
+from meta_optax._checks import Scalar
 from meta_optax._core import (
     BASE_PREFIX,
     Hyperparams,
@@ -83,7 +85,7 @@ def chain(*meta_optimizers: MetaOptimizer) -> MetaOptimizer:
     return MetaOptimizer(name, init, observe, apply, needed)
 
 
-def every(n: int | Array, meta_optimizer: MetaOptimizer) -> MetaOptimizer:
+def every(n: Scalar, meta_optimizer: MetaOptimizer) -> MetaOptimizer:
     r"""Shows a strategy the metrics of every n-th step only.
 
     .. math:: s_{t+1} = \text{observe}(s_t, m_t) \text{ if } t \bmod n = 0 \text{ else } s_t
@@ -143,9 +145,7 @@ def log_only(meta_optimizer: MetaOptimizer) -> MetaOptimizer:
     return meta._replace(name=f"log_only({meta.name})", apply=apply)
 
 
-def bounded(
-    meta_optimizer: MetaOptimizer, **bounds: tuple[float | Array, float | Array]
-) -> MetaOptimizer:
+def bounded(meta_optimizer: MetaOptimizer, **bounds: Any) -> MetaOptimizer:
     r"""Keeps what a strategy makes of a hyperparameter within absolute bounds.
 
     .. math:: h \leftarrow \min(\max(h, \text{lo}), \text{hi})
@@ -193,7 +193,7 @@ def _checked(combinator: str, meta: object) -> MetaOptimizer:
     return meta
 
 
-def _checked_bounds(name: str, pair: Any) -> tuple[float | Array, float | Array]:
+def _checked_bounds(name: str, pair: Any) -> tuple[ArrayLike, ArrayLike]:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ValueError(f"bounded needs a pair (lo, hi) for {name!r}, got {pair!r}.")
     low = _checks.real(f"the lower bound of {name!r}", pair[0], open_high=True)

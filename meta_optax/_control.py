@@ -1,6 +1,5 @@
 """One step of control, which every way to act takes: observe, apply, keep what is safe."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax

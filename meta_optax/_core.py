@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 State = Any
@@ -91,9 +92,9 @@ class MetaOptimizer(_MetaOptimizerFields):
             raise TypeError(f"MetaOptimizer needs a name that is a string, got {name!r}.")
         for field, function in (("init", init), ("observe", observe), ("apply", apply)):
             if not callable(function):
-                raise TypeError(f"MetaOptimizer {name!r} needs a function {field}, got {function!r}.")
+                raise TypeError(f"MetaOptimizer {name!r} needs a function {field}: {function!r}.")
         if isinstance(metrics, str) or not all(isinstance(metric, str) for metric in metrics):
-            raise TypeError(f"MetaOptimizer {name!r} needs a tuple of names as metrics: {metrics!r}.")
+            raise TypeError(f"MetaOptimizer {name!r} needs a tuple of names as metrics: {metrics}.")
         return super().__new__(cls, name, init, observe, apply, tuple(metrics))
 
 
@@ -160,9 +161,7 @@ def hold_nonfinite(
             finite &= jnp.all(jnp.isfinite(value))
         held = select(finite, observe(state, {**metrics, **needed}), state)
         count = state.nonfinite_count
-        return held._replace(
-            nonfinite_count=jnp.where(finite, count, optax.safe_increment(count))
-        )
+        return held._replace(nonfinite_count=jnp.where(finite, count, optax.safe_increment(count)))
 
     return observe_fn
 
@@ -202,12 +201,12 @@ def select(condition: Bool[Array, ""], new: State, old: State) -> State:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def is_due(step: Int[Array, ""], frequency: int | Array) -> Bool[Array, ""]:
+def is_due(step: Int[Array, ""], frequency: ArrayLike) -> Bool[Array, ""]:
     """Whether a strategy with this ``update_frequency`` sees the metrics of this step."""
     return step % jnp.asarray(frequency, jnp.int32) == 0
 
 
-def observe_every(strategy: str, frequency: int | Array, observe: ObserveFn) -> ObserveFn:
+def observe_every(strategy: str, frequency: ArrayLike, observe: ObserveFn) -> ObserveFn:
     """Shows ``observe`` the metrics of steps 0, n, 2n, … only."""
 
     def observe_fn(state: State, metrics: Metrics) -> State:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from meta_optax import _checks
+from meta_optax._checks import Scalar
 from meta_optax._core import (
     BASE_PREFIX,
     Hyperparams,
@@ -49,9 +50,9 @@ class DecisionLog(NamedTuple):
     """A ring of the last decisions; ``count`` is how many were ever made."""
 
     count: Int[Array, ""]
-    step: Int[Array, "capacity"]
-    old: Float[Array, "capacity"]
-    new: Float[Array, "capacity"]
+    step: Int[Array, " capacity"]
+    old: Float[Array, " capacity"]
+    new: Float[Array, " capacity"]
     hyperparam: UInt8[Array, "capacity name_bytes"]
     reason: UInt8[Array, "capacity reason_bytes"]
 
@@ -73,11 +74,11 @@ class _Candidate(NamedTuple):
 
     old: Float[Array, ""]
     new: Float[Array, ""]
-    hyperparam: UInt8[Array, "name_bytes"]
-    reason: UInt8[Array, "reason_bytes"]
+    hyperparam: UInt8[Array, " name_bytes"]
+    reason: UInt8[Array, " reason_bytes"]
 
 
-def with_decisions(meta_optimizer: MetaOptimizer, capacity: int = 64) -> MetaOptimizer:
+def with_decisions(meta_optimizer: MetaOptimizer, capacity: Scalar = 64) -> MetaOptimizer:
     """Records what a strategy changes and by which rule, in a ring inside its state.
 
     A decision is a difference between what the state before a step's metrics and the state after
@@ -223,9 +224,7 @@ def _has_rules(node: Any) -> bool:
     return hasattr(node, "rules")
 
 
-def _candidates(
-    meta: MetaOptimizer, old: State, new: State, metrics: Metrics
-) -> list[_Candidate]:
+def _candidates(meta: MetaOptimizer, old: State, new: State, metrics: Metrics) -> list[_Candidate]:
     """What each strategy in the state may have changed of each hyperparameter.
 
     The strategies' states are replaced one after the other, old by new: what a hyperparameter
@@ -270,16 +269,14 @@ def _candidates(
 
 def _reason(
     name: str, rules: Mapping[str, tuple[Int[Array, ""], tuple[str, ...]]], hyperparam: str
-) -> UInt8[Array, "reason_bytes"]:
+) -> UInt8[Array, " reason_bytes"]:
     """The text of the rule behind a hyperparameter, or behind the plain one of a group's form."""
     plain = hyperparam.partition("_")[2]
     index, texts = rules.get(hyperparam) or rules.get(plain) or (jnp.zeros([], jnp.int32), (name,))
     return jnp.asarray(np.stack([_encode(text, _REASON_BYTES) for text in texts]))[index]
 
 
-def _record(
-    log: DecisionLog, step: Int[Array, ""], candidates: list[_Candidate]
-) -> DecisionLog:
+def _record(log: DecisionLog, step: Int[Array, ""], candidates: list[_Candidate]) -> DecisionLog:
     """Appends those candidates whose values differ."""
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *candidates)
     changed = _differ(stacked.old, stacked.new)
@@ -299,7 +296,7 @@ def _record(
     )
 
 
-def _differ(old: Float[Array, "n"], new: Float[Array, "n"]) -> Bool[Array, "n"]:
+def _differ(old: Float[Array, " n"], new: Float[Array, "n"]) -> Bool[Array, "n"]:
     return jnp.abs(new - old) > _ROUNDING * jnp.maximum(jnp.abs(old), jnp.abs(new))
 
 

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from meta_optax import _checks
+from meta_optax._checks import Scalar
 from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
@@ -39,10 +41,10 @@ class ExpertGateState(NamedTuple):
 
 def expert_gate(
     *,
-    gate_lr_factor: float | Array = 0.1,
-    expert_lr_factor: float | Array = 1.0,
-    entropy_threshold: float | Array = 0.8,
-    update_frequency: int | Array = 1,
+    gate_lr_factor: Scalar = 0.1,
+    expert_lr_factor: Scalar = 1.0,
+    entropy_threshold: Scalar = 0.8,
+    update_frequency: Scalar = 1,
 ) -> MetaOptimizer:
     r"""Learning rates of gates and experts apart, the gate's halved while its entropy is low.
 
@@ -135,14 +137,14 @@ class SmartExpertGateState(NamedTuple):
 
 def smart_expert_gate(
     *,
-    gate_lr_factor: float | Array = 0.1,
-    expert_lr_factor: float | Array = 1.0,
-    entropy_threshold: float | Array = 0.8,
-    entropy_adjustment_factor: float | Array = 0.5,
-    sparsity_target: float | Array = 0.7,
-    sparsity_tolerance: float | Array = 0.1,
-    specialization_bonus: float | Array = 1.2,
-    update_frequency: int | Array = 1,
+    gate_lr_factor: Scalar = 0.1,
+    expert_lr_factor: Scalar = 1.0,
+    entropy_threshold: Scalar = 0.8,
+    entropy_adjustment_factor: Scalar = 0.5,
+    sparsity_target: Scalar = 0.7,
+    sparsity_tolerance: Scalar = 0.1,
+    specialization_bonus: Scalar = 1.2,
+    update_frequency: Scalar = 1,
 ) -> MetaOptimizer:
     r"""Rates and decay of gates and experts from entropy, sparsity and the experts' usage.
 
@@ -197,7 +199,9 @@ def smart_expert_gate(
     gate_factor = _checks.real("gate_lr_factor", gate_lr_factor, open_high=True)
     expert_factor = _checks.real("expert_lr_factor", expert_lr_factor, open_high=True)
     threshold = _checks.real("entropy_threshold", entropy_threshold, open_high=True)
-    adjustment = _checks.real("entropy_adjustment_factor", entropy_adjustment_factor, open_high=True)
+    adjustment = _checks.real(
+        "entropy_adjustment_factor", entropy_adjustment_factor, open_high=True
+    )
     target = _checks.real("sparsity_target", sparsity_target, high=1.0)
     tolerance = _checks.real("sparsity_tolerance", sparsity_tolerance, high=1.0)
     bonus = _checks.real("specialization_bonus", specialization_bonus, open_high=True)
@@ -253,13 +257,13 @@ def smart_expert_gate(
     )
 
 
-def _where(condition: Array, factor: float | Array) -> Float[Array, ""]:
+def _where(condition: Array, factor: ArrayLike) -> Float[Array, ""]:
     """The factor where the condition holds, else 1."""
     return jnp.where(condition, factor, 1.0).astype(jnp.float32)
 
 
 def _sparsity_scale(
-    sparsities: Window, target: float | Array, tolerance: float | Array
+    sparsities: Window, target: ArrayLike, tolerance: ArrayLike
 ) -> Float[Array, ""]:
     """What the gate's rate is multiplied by for the sparsities' distance from the target."""
     error = jnp.where(is_full(sparsities), jnp.mean(sparsities.values) - target, 0.0)
@@ -279,7 +283,7 @@ def _gate_rule(old: SmartExpertGateState, new: SmartExpertGateState) -> Int[Arra
 def _scale_groups(
     strategy: str,
     hyperparams: Mapping[str, Any],
-    scales: Mapping[str, Mapping[str, float | Array]],
+    scales: Mapping[str, Mapping[str, ArrayLike]],
 ) -> Hyperparams:
     """Adds each group's form of each hyperparameter: its base, else the plain one, scaled."""
     if not any(name in hyperparams for name in scales):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 class Window(NamedTuple):
     """The last ``n`` values pushed, oldest first, and how many of them there are."""
 
-    values: Float[Array, "n"]
+    values: Float[Array, " n"]
     count: Int[Array, ""]
 
 

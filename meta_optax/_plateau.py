@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meta_optax import _checks
+from meta_optax._checks import Scalar
 from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
@@ -51,12 +52,12 @@ class PlateauState(NamedTuple):
 
 def plateau(
     *,
-    patience: int | Array = 3,
-    lr_factor: float | Array = 0.5,
-    min_lr: float | Array = 1e-6,
-    wd_increase_factor: float | Array = 1.1,
-    max_weight_decay_growth: float | Array = 10.0,
-    update_frequency: int | Array = 1,
+    patience: Scalar = 3,
+    lr_factor: Scalar = 0.5,
+    min_lr: Scalar = 1e-6,
+    wd_increase_factor: Scalar = 1.1,
+    max_weight_decay_growth: Scalar = 10.0,
+    update_frequency: Scalar = 1,
 ) -> MetaOptimizer:
     r"""Cuts the learning rate after a number of steps without a better loss.
 

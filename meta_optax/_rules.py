@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_optax._core import Hyperparams, Metrics, forms
@@ -27,32 +28,30 @@ def count_bad(
     return jnp.where(better, value, best), jnp.where(better, 0, optax.safe_increment(bad))
 
 
-def cut(scale: Float[Array, ""], factor: float | Array, fires: Bool[Array, ""]) -> Float[Array, ""]:
+def cut(scale: Float[Array, ""], factor: ArrayLike, fires: Bool[Array, ""]) -> Float[Array, ""]:
     """The scale of the rate after a cut where one fires, never quite zero."""
     return jnp.where(fires, jnp.maximum(scale * factor, _LEAST_SCALE), scale)
 
 
-def grow(
-    growth: Float[Array, ""], factor: float | Array, fires: Bool[Array, ""]
-) -> Float[Array, ""]:
+def grow(growth: Float[Array, ""], factor: ArrayLike, fires: Bool[Array, ""]) -> Float[Array, ""]:
     """The growth of weight decay after one more where it fires, never infinite."""
     return jnp.where(fires, jnp.minimum(growth * factor, _MOST_GROWTH), growth)
 
 
-def has_room(metrics: Metrics, min_lr: float | Array) -> Bool[Array, ""]:
+def has_room(metrics: Metrics, min_lr: ArrayLike) -> Bool[Array, ""]:
     """Whether the rate in use leaves room for a cut; yes where no rate is shown."""
     rate = jnp.asarray(metrics.get("learning_rate", jnp.inf)).astype(jnp.float32)
     return rate > jnp.asarray(min_lr, jnp.float32)
 
 
-def cut_rate(base: Any, scale: Float[Array, ""], min_lr: float | Array) -> Float[Array, ""]:
+def cut_rate(base: Any, scale: Float[Array, ""], min_lr: ArrayLike) -> Float[Array, ""]:
     """The base rate under the cuts, which lead to ``min_lr`` at the lowest but lift nothing."""
     base = jnp.asarray(base).astype(jnp.float32)
     return jnp.maximum(base * scale, jnp.minimum(base, jnp.asarray(min_lr, jnp.float32)))
 
 
 def grown_decay(
-    base: Any, growth: Float[Array, ""], floor: float | Array, most: float | Array
+    base: Any, growth: Float[Array, ""], floor: ArrayLike, most: ArrayLike
 ) -> Float[Array, ""]:
     """Weight decay after its growth: ``base * growth``, at least ``floor * growth`` once grown.
 
@@ -68,7 +67,7 @@ def grown_decay(
     return jnp.where(growth > 1, grown, base)
 
 
-def warmup_share(step: Int[Array, ""], warmup_steps: int | Array) -> Float[Array, ""]:
+def warmup_share(step: Int[Array, ""], warmup_steps: ArrayLike) -> Float[Array, ""]:
     """The share of the rate that a linear warm-up gives at this step, in (0, 1]."""
     whole = jnp.maximum(jnp.asarray(warmup_steps).astype(jnp.float32), 1.0)
     return jnp.minimum((step.astype(jnp.float32) + 1.0) / whole, 1.0)
@@ -89,6 +88,6 @@ def copy_for_plateau(strategy: str, hyperparams: Mapping[str, Any]) -> Hyperpara
     return dict(hyperparams)
 
 
-def is_exactly(value: float | Array, number: float) -> bool:
+def is_exactly(value: ArrayLike, number: float) -> bool:
     """Whether an argument is this number for certain, which a traced one never is."""
     return isinstance(value, float) and value == number

@@ -166,9 +166,7 @@ def scale_by_advanced_plateau(**arguments: Any) -> optax.GradientTransformationE
     return scale_by_meta(advanced_plateau(**arguments))
 
 
-def scale_by_expert_gate(
-    labels: Labels, **arguments: Any
-) -> optax.GradientTransformationExtraArgs:
+def scale_by_expert_gate(labels: Labels, **arguments: Any) -> optax.GradientTransformationExtraArgs:
     """`scale_by_meta` of `expert_gate`, whose arguments it takes.
 
     Metrics: ``gate_entropy``.

@@ -17,15 +17,13 @@ hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)
-def strict_numerics():
-    """No dtype and no rank is promoted without being asked to, and traces are counted afresh."""
+def count_traces_afresh():
+    """Functions of tests share names, and chex counts by name."""
     chex.clear_trace_counter()
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        yield
 
 
 @pytest.fixture
-def with_optax(strict_numerics):
-    """Optax's own code needs JAX's standard promotion of dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
+def strict_numerics():
+    """No dtype and no rank is promoted without being asked to."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield

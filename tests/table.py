@@ -82,23 +82,17 @@ def injected(row: Strategy, **kwargs: Any) -> optax.GradientTransformationExtraA
 
 
 TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
-    **{
-        f"inject[{name}]": (lambda row=row: injected(row)) for name, row in STRATEGIES.items()
-    },
+    **{f"inject[{name}]": (lambda row=row: injected(row)) for name, row in STRATEGIES.items()},
     "inject[raw custom]": lambda: mo.inject_meta_hyperparams(optax.adamw, custom())(**BASE),
     "inject[schedule]": lambda: injected(
         STRATEGIES["plateau"], learning_rate=optax.cosine_decay_schedule(0.1, 100)
     ),
     "scale_by_meta[custom]": lambda: optax.chain(optax.adamw(0.1), mo.scale_by_meta(custom())),
-    "scale_by_plateau": lambda: optax.chain(
-        optax.adamw(0.1), mo.scale_by_plateau(patience=1)
-    ),
+    "scale_by_plateau": lambda: optax.chain(optax.adamw(0.1), mo.scale_by_plateau(patience=1)),
     "scale_by_advanced_plateau": lambda: optax.chain(
         optax.adamw(0.1), mo.scale_by_advanced_plateau(patience=1, warmup_steps=2)
     ),
-    "scale_by_expert_gate": lambda: optax.chain(
-        optax.adamw(0.1), mo.scale_by_expert_gate(LABELS)
-    ),
+    "scale_by_expert_gate": lambda: optax.chain(optax.adamw(0.1), mo.scale_by_expert_gate(LABELS)),
     "scale_by_smart_expert_gate": lambda: optax.chain(
         optax.adamw(0.1), mo.scale_by_smart_expert_gate(LABELS)
     ),

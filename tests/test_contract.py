@@ -41,6 +41,7 @@ def _counts(state):
     return int(state.nonfinite_count)
 
 
+@pytest.mark.usefixtures("strict_numerics")
 class TestStrategies:
     """What holds for every `MetaOptimizer`."""
 
@@ -195,7 +196,6 @@ class TestStrategies:
         assert set(out) >= set(base)
 
 
-@pytest.mark.usefixtures("with_optax")
 class TestTransformations:
     """What holds for every `optax.GradientTransformation`."""
 
@@ -253,9 +253,9 @@ class TestTransformations:
         def skip(p, state):
             return optax.tree.zeros_like(p), state
 
-        jax.jit(lambda go: jax.lax.cond(go, lambda p, s: tx.update(p, s, p, **row()), skip, p, state))(
-            True
-        )
+        jax.jit(
+            lambda go: jax.lax.cond(go, lambda p, s: tx.update(p, s, p, **row()), skip, p, state)
+        )(True)
 
     @each_that_keeps_dtype
     def test_apply_if_finite_and_masked_carry_it(self, name):

@@ -26,8 +26,6 @@ OFF = {
 LABELS = {"router": "gate", "experts": "expert", "rest": "dense"}
 PARAMS = {name: jnp.ones([2]) for name in LABELS}
 
-pytestmark = pytest.mark.usefixtures("with_optax")
-
 
 def _strategy(record):
     kind = record["meta_optimizer"]
