@@ -24,6 +24,10 @@ class UserError(Exception):
     """Something that the user can mend; its text is the whole message."""
 
 
+class EndedEarly(Exception):
+    """The end was asked for before there was anything to report."""
+
+
 class Arguments(NamedTuple):
     """The options of an example."""
 
@@ -148,6 +152,11 @@ class StopRequest:
     def request(self, exit_code: int) -> None:
         """Asks for the end; the first reason given is the one that counts."""
         self.exit_code = self.exit_code or exit_code
+
+    def check(self) -> None:
+        """Raises `EndedEarly` if the end is asked for; for the time before there are results."""
+        if self.exit_code:
+            raise EndedEarly("ended on request before the first step")
 
     def say(self, text: str = "") -> None:
         """Prints a line; if nobody reads stdout any more, asks for the end instead."""

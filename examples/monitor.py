@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -58,7 +57,11 @@ class JsonLines:
             self._file.write(json.dumps(to_json(record)) + "\n")
             self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """Returns the log itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Closes the file."""
         with writing(self.path):
             self._file.close()
@@ -98,12 +101,7 @@ class Monitor:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leaves the last state of the display standing."""
         self._progress.update(self._task, description="finished")
         if self._live:

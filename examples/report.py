@@ -3,8 +3,83 @@
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import Any, NamedTuple
 
 import numpy as np
+from command_line import Arguments, StopRequest
+
+import meta_optax as mo
+
+Records = Sequence[Mapping[str, Any]]
+
+
+class Evaluation(NamedTuple):
+    """What a model is worth on data it never saw.
+
+    Attributes:
+        bits: bits per byte by corpus, with "overall" first.
+        usage: shares of each corpus' selected slots, [layers, corpora, experts].
+    """
+
+    bits: dict[str, float]
+    usage: np.ndarray
+
+
+class Outcome(NamedTuple):
+    """All that the report is made of; there is no evaluation of a run that was ended on request."""
+
+    steps: int
+    compile_seconds: float
+    train_seconds: float
+    opt_state: Any
+    evaluation: Evaluation | None
+    baseline: dict[str, float]
+
+
+def usage_of(outcome: Outcome, records: Records) -> tuple[np.ndarray, str]:
+    """Returns who serves which corpus [layers, corpora, experts], and by which bytes' account."""
+    if outcome.evaluation:
+        return outcome.evaluation.usage, "held-out bytes"
+    last = [record["corpus_usage"] for record in records[-10:]]
+    return np.mean(last, axis=0), "the last logged training batches"
+
+
+def say_results(
+    outcome: Outcome, records: Records, corpora: Sequence[str], stop: StopRequest
+) -> None:
+    """Prints what was reached, who serves what, and what the controller did."""
+    if outcome.evaluation:
+        stop.say("\nBits per held-out byte (lower is better)")
+        stop.say(format_bits(outcome.evaluation.bits, outcome.baseline))
+    else:
+        stop.say(f"\nEnded on request after {outcome.steps} steps; nothing was evaluated.")
+    usage, source = usage_of(outcome, records)
+    stop.say(f"\nWhich expert serves which corpus: shares of {source} (* the strongest)")
+    stop.say(format_usage(usage, corpora))
+    stop.say("\nWhat the controller changed, and why")
+    stop.say(mo.format_decisions(mo.read_decisions(outcome.opt_state)))
+
+
+def summarise(
+    arguments: Arguments, outcome: Outcome, records: Records, corpora: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the run in a nutshell, for machines."""
+    usage, source = usage_of(outcome, records)
+    return {
+        "steps": outcome.steps,
+        "steps_asked_for": arguments.steps,
+        "seed": arguments.seed,
+        "compile_seconds": outcome.compile_seconds,
+        "train_seconds": outcome.train_seconds,
+        "bits_per_byte": outcome.evaluation and outcome.evaluation.bits,
+        "bits_per_byte_of_byte_frequencies": outcome.baseline,
+        "corpora": corpora,
+        "corpus_usage": usage,
+        "corpus_usage_of": source,
+        "hyperparams": mo.read_hyperparams(outcome.opt_state),
+        "decisions": [decision._asdict() for decision in mo.read_decisions(outcome.opt_state)],
+        "versions": versions(),
+    }
 
 
 def format_bits(bits: Mapping[str, float], baseline: Mapping[str, float]) -> str:

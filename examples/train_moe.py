@@ -12,12 +12,11 @@ Unicode names, all read from the running Python itself. AdamW trains it in one c
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import command_line
-from command_line import Arguments, StopRequest, UserError
+from command_line import Arguments, EndedEarly, StopRequest, UserError
 
 with command_line.interruptible_imports():
     import jax
@@ -27,7 +26,6 @@ with command_line.interruptible_imports():
     from corpora import (
         CORPORA,
         Batch,
-        Split,
         held_out_batches,
         load_corpora,
         training_batches,
@@ -37,6 +35,7 @@ with command_line.interruptible_imports():
     from flax import nnx
     from jaxtyping import Array, Float, PyTree
     from moe_model import (
+        BYTES,
         ModelConfig,
         MoeTransformer,
         balance_loss,
@@ -44,7 +43,7 @@ with command_line.interruptible_imports():
         router_statistics,
     )
     from monitor import JsonLines, Monitor, Recorder, write_json
-    from report import format_bits, format_usage, versions
+    from report import Evaluation, Outcome, say_results, summarise
 
     import meta_optax as mo
 
@@ -152,29 +151,22 @@ def train(
     Returns:
         The last state, and how many steps were made.
     """
-    done = 0
-    while done < steps and not stop.exit_code:
+    for step in range(steps):
         state, metrics = step_fn(state, next(batches))
         recorder.flush()
-        if done % LOG_EVERY == 0 or done == steps - 1 or stop.exit_code:
-            recorder.keep(done, metrics)
-        done += 1
+        is_last = step == steps - 1 or bool(stop.exit_code)
+        if is_last or step % LOG_EVERY == 0:
+            recorder.keep(step, metrics)
+        if is_last:
+            break
     recorder.flush()
-    return state, done
-
-
-class Evaluation(NamedTuple):
-    """What the model is worth on bytes it never saw."""
-
-    bits: dict[str, float]
-    usage: np.ndarray
+    return state, step + 1
 
 
 def evaluate(
-    graphdef: nnx.GraphDef, params: PyTree, splits: dict[str, Split], stop: StopRequest
+    graphdef: nnx.GraphDef, params: PyTree, batches: Sequence[Batch], stop: StopRequest
 ) -> Evaluation | None:
     """Measures bits per held-out byte and who serves which corpus; None if asked to end."""
-    batches = held_out_batches(splits, BATCH_SIZE)
     measure = jax.jit(functools.partial(loss_and_statistics, graphdef))
     losses, usage = [], []
     for batch in batches:
@@ -189,15 +181,31 @@ def evaluate(
     return Evaluation(bits, np.sum(usage, axis=0) * len(CORPORA) / len(batches))
 
 
-class Outcome(NamedTuple):
-    """All that the report is made of."""
+class Setup(NamedTuple):
+    """What training starts from."""
 
-    steps: int
+    graphdef: nnx.GraphDef
+    state: TrainState
+    step_fn: TrainStep
     compile_seconds: float
-    train_seconds: float
-    opt_state: optax.OptState
-    evaluation: Evaluation | None
-    baseline: dict[str, float]
+
+
+def set_up(
+    config: ModelConfig, seed: int, example: Batch, monitor: Monitor, stop: StopRequest
+) -> Setup:
+    """Builds model and optimizer, and compiles the step for batches like the example."""
+    tx = make_optimizer()
+    graphdef, params = nnx.split(MoeTransformer(config, nnx.Rngs(seed)), nnx.Param)
+    # The loss of guessing is where the smoothed one starts, so it needs no correction.
+    state = TrainState(params, tx.init(params), jnp.log(jnp.float32(BYTES)))
+    monitor.announce("compiling the step")
+    stop.check()
+    begin = time.perf_counter()
+    jitted = jax.jit(functools.partial(train_step, graphdef, tx), donate_argnums=0)
+    # Compiled ahead of time: another shape or dtype is an error then, not a second compile.
+    step_fn = jitted.lower(state, example).compile()
+    stop.check()
+    return Setup(graphdef, state, step_fn, time.perf_counter() - begin)
 
 
 def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Outcome:
@@ -206,87 +214,24 @@ def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Outcome:
     with Monitor(arguments.steps, stop, plain=arguments.plain) as monitor:
         monitor.announce("reading the corpora")
         splits = load_corpora(config.length, HELD_OUT_CHUNKS)
+        held_out = held_out_batches(splits, BATCH_SIZE)
         batches = training_batches(splits, BATCH_SIZE, arguments.seed)
-        tx = make_optimizer()
-        graphdef, params = nnx.split(MoeTransformer(config, nnx.Rngs(arguments.seed)), nnx.Param)
-        # The loss of guessing is where the smoothed one starts, so it needs no correction.
-        state = TrainState(params, tx.init(params), jnp.log(jnp.float32(256)))
-        monitor.announce("compiling the step")
-        begin = time.perf_counter()
-        # Compiled ahead of time: another shape or dtype is an error then, not a second compile.
-        jitted = jax.jit(functools.partial(train_step, graphdef, tx), donate_argnums=0)
-        step_fn = jitted.lower(state, held_out_batches(splits, BATCH_SIZE)[0]).compile()
-        compiled = time.perf_counter()
-        monitor.start()
+        setup = set_up(config, arguments.seed, held_out[0], monitor, stop)
         recorder = Recorder(log, monitor, BATCH_SIZE * config.length, describe)
-        state, done = train(step_fn, state, batches, arguments.steps, recorder, stop)
-        trained = time.perf_counter()
+        monitor.start()
+        begin = time.perf_counter()
+        state, done = train(setup.step_fn, setup.state, batches, arguments.steps, recorder, stop)
+        train_seconds = time.perf_counter() - begin
         monitor.announce("evaluating on held-out bytes")
-        evaluation = evaluate(graphdef, state.params, splits, stop)
+        evaluation = evaluate(setup.graphdef, state.params, held_out, stop)
     return Outcome(
         steps=done,
-        compile_seconds=compiled - begin,
-        train_seconds=trained - compiled,
+        compile_seconds=setup.compile_seconds,
+        train_seconds=train_seconds,
         opt_state=state.opt_state,
         evaluation=evaluation,
         baseline=unigram_bits(splits),
     )
-
-
-def usage_of(log: JsonLines, outcome: Outcome) -> tuple[np.ndarray, str]:
-    """Returns who serves which corpus [layers, corpora, experts], and on which bytes."""
-    if outcome.evaluation:
-        return outcome.evaluation.usage, "held-out bytes"
-    last = [record["corpus_usage"] for record in log.records[-10:]]
-    return np.mean(last, axis=0), "the last logged training batches"
-
-
-def say_results(log: JsonLines, outcome: Outcome, stop: StopRequest) -> None:
-    """Prints what was reached, who serves what, and what the controller did."""
-    if outcome.evaluation:
-        stop.say("\nBits per held-out byte (lower is better)")
-        stop.say(format_bits(outcome.evaluation.bits, outcome.baseline))
-    else:
-        stop.say(f"\nEnded on request after {outcome.steps} steps; nothing was evaluated.")
-    if log.records:
-        usage, source = usage_of(log, outcome)
-        stop.say(f"\nWhich expert serves which corpus: shares of {source} (* the strongest)")
-        stop.say(format_usage(usage, CORPORA))
-    stop.say("\nWhat the controller changed, and why")
-    stop.say(mo.format_decisions(mo.read_decisions(outcome.opt_state)))
-
-
-def summarise(arguments: Arguments, log: JsonLines, outcome: Outcome) -> dict[str, Any]:
-    """Returns the run in a nutshell, for machines."""
-    evaluation = outcome.evaluation
-    summary: dict[str, Any] = {
-        "steps": outcome.steps,
-        "steps_asked_for": arguments.steps,
-        "seed": arguments.seed,
-        "compile_seconds": outcome.compile_seconds,
-        "train_seconds": outcome.train_seconds,
-        "bits_per_byte": evaluation and evaluation.bits,
-        "bits_per_byte_of_byte_frequencies": outcome.baseline,
-        "hyperparams": mo.read_hyperparams(outcome.opt_state),
-        "decisions": [d._asdict() for d in mo.read_decisions(outcome.opt_state)],
-        "versions": versions(),
-    }
-    if log.records:
-        usage, source = usage_of(log, outcome)
-        summary |= {"corpora": CORPORA, "corpus_usage": usage, "corpus_usage_of": source}
-    return summary
-
-
-def write_files(
-    arguments: Arguments, paths: dict[str, Path], log: JsonLines, outcome: Outcome
-) -> list[Path]:
-    """Writes the picture and the summary; returns the files that there are now."""
-    if log.records:
-        bits = outcome.evaluation and outcome.evaluation.bits["overall"]
-        result = f"{bits:.3f} bits per held-out byte" if bits else "ended on request"
-        draw_run(log.records, f"train_moe: {outcome.steps} steps, {result}", paths["train_moe.png"])
-    write_json(paths["summary.json"], summarise(arguments, log, outcome))
-    return [path for path in paths.values() if path.exists()]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -296,15 +241,26 @@ def main(argv: list[str] | None = None) -> int:
     stop.install()
     try:
         paths = command_line.prepare_folder(arguments.out, FILES)
-        log = JsonLines(paths["log.jsonl"])
-        outcome = run(arguments, log, stop)
-        log.close()
-        say_results(log, outcome, stop)
-        files = write_files(arguments, paths, log, outcome)
+        with JsonLines(paths["log.jsonl"]) as log:
+            outcome = run(arguments, log, stop)
+        say_results(outcome, log.records, CORPORA, stop)
+        draw_run(log.records, title(outcome), paths["train_moe.png"])
+        write_json(paths["summary.json"], summarise(arguments, outcome, log.records, CORPORA))
+    except EndedEarly as ended:
+        stop.say(str(ended))
+        return stop.exit_code
     except UserError as error:
         return command_line.fail(error)
-    stop.say("\nFiles: " + "  ".join(map(str, files)))
+    stop.say("\nFiles: " + "  ".join(map(str, paths.values())))
     return stop.exit_code
+
+
+def title(outcome: Outcome) -> str:
+    """Returns the heading of the picture."""
+    if outcome.evaluation is None:
+        return f"train_moe: ended on request after {outcome.steps} steps"
+    bits = outcome.evaluation.bits["overall"]
+    return f"train_moe: {outcome.steps} steps, {bits:.3f} bits per held-out byte"
 
 
 if __name__ == "__main__":

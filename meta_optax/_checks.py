@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike as Scalar
@@ -39,7 +40,7 @@ def real(
     Raises:
       ValueError: if ``value`` is not a real scalar in the range; NaN never is.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         floor = np.nextafter(np.float32(low), np.float32(np.inf)) if open_low else low
         ceiling = np.nextafter(np.float32(high), np.float32(-np.inf)) if open_high else high
         return jnp.clip(value.astype(jnp.float32), floor, ceiling)
@@ -54,7 +55,7 @@ def real(
 
 def size(name: str, value: Any, *, low: int) -> int:
     """Like `integer`, for what decides a shape and so must not be traced."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ValueError(f"{name} decides the shape of a state, so it must not be traced: {value}.")
     return int(integer(name, value, low=low))
 
@@ -72,7 +73,7 @@ def integer(name: str, value: Any, *, low: int) -> int | jax.Array:
     Raises:
       ValueError: if ``value`` is not an integer, or is below ``low``.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return jnp.maximum(value.astype(jnp.int32), low)
     number = _as_float(value)
     if number is None or not number.is_integer() or number < low:

@@ -296,7 +296,7 @@ def _record(log: DecisionLog, step: Int[Array, ""], candidates: list[_Candidate]
     )
 
 
-def _differ(old: Float[Array, " n"], new: Float[Array, "n"]) -> Bool[Array, "n"]:
+def _differ(old: Float[Array, " n"], new: Float[Array, " n"]) -> Bool[Array, " n"]:
     return jnp.abs(new - old) > _ROUNDING * jnp.maximum(jnp.abs(old), jnp.abs(new))
 
 
@@ -305,5 +305,5 @@ def _encode(text: str, size: int) -> np.ndarray:
     return np.frombuffer(data.ljust(size, b"\0"), np.uint8)
 
 
-def _decode(data: np.ndarray) -> str:
+def _decode(data: Any) -> str:
     return bytes(data).rstrip(b"\0").decode(errors="replace")

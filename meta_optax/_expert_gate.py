@@ -262,9 +262,7 @@ def _where(condition: Array, factor: ArrayLike) -> Float[Array, ""]:
     return jnp.where(condition, factor, 1.0).astype(jnp.float32)
 
 
-def _sparsity_scale(
-    sparsities: Window, target: ArrayLike, tolerance: ArrayLike
-) -> Float[Array, ""]:
+def _sparsity_scale(sparsities: Window, target: ArrayLike, tolerance: Any) -> Float[Array, ""]:
     """What the gate's rate is multiplied by for the sparsities' distance from the target."""
     error = jnp.where(is_full(sparsities), jnp.mean(sparsities.values) - target, 0.0)
     return _where(error > tolerance, _TOO_SPARSE_FACTOR) * _where(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from meta_optax import _checks
@@ -119,8 +120,9 @@ def inject_meta_hyperparams(
         inject = optax.inject_hyperparams(inner_factory, static, hyperparam_dtype=jnp.float32)
 
         def inner(used: Hyperparams) -> optax.GradientTransformationExtraArgs:
-            arguments.bound.arguments.update(used)
-            return inject(*arguments.bound.args, **arguments.bound.kwargs)
+            # A new set of arguments: values of one trace must not outlive it.
+            bound = inspect.BoundArguments(signature, {**arguments.bound.arguments, **used})  # pyright: ignore[reportArgumentType]
+            return inject(*bound.args, **bound.kwargs)
 
         def base_values(state: InjectMetaHyperparamsState, extra_args: Any) -> Hyperparams:
             values = {name: state.hyperparams[name] for name in arguments.constants}
@@ -143,11 +145,11 @@ def inject_meta_hyperparams(
                 base_hyperparams={BASE_PREFIX + name: jnp.array(base[name]) for name in kept},
                 schedule_states=states,
                 meta_state=meta_state,
-                inner_state=inner(used).init(params).inner_state,
+                inner_state=_inner_state(inner(used).init(params)),
             )
 
         def update_fn(
-            updates: Any, state: InjectMetaHyperparamsState, params: Any = None, **extra_args: Any
+            updates: Any, state: Any, params: Any = None, **extra_args: Any
         ) -> tuple[Any, InjectMetaHyperparamsState]:
             base = base_values(state, extra_args)
             metrics = gather_metrics(
@@ -175,7 +177,7 @@ def inject_meta_hyperparams(
                 hyperparams=used,
                 schedule_states=states,
                 meta_state=meta_state,
-                inner_state=_cast_like(injected.inner_state, state.inner_state),
+                inner_state=_cast_like(_inner_state(injected), state.inner_state),
             )
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -244,7 +246,7 @@ def _strong(signature: inspect.Signature, name: str, value: Any) -> Array:
             f"The hyperparameter {name!r} must be a scalar, got shape {np.shape(value)}. If it is "
             f"no hyperparameter, write static_args={name!r}."
         )
-    if not isinstance(value, jax.core.Tracer) and np.isnan(value):
+    if not isinstance(value, Tracer) and np.isnan(value):
         raise ValueError(f"The hyperparameter {name!r} must be a number, got {value!r}.")
     default = signature.parameters[name].default
     is_integer = isinstance(default, int) and not isinstance(default, bool)
@@ -266,6 +268,11 @@ def _scheduled(
             )
         values[name] = jnp.asarray(value).astype(jnp.float32)
     return values
+
+
+def _inner_state(injected: Any) -> optax.OptState:
+    """The optimizer's own part of the state of `optax.inject_hyperparams`."""
+    return injected.inner_state
 
 
 def _cast_like(new: Any, old: Any) -> Any:

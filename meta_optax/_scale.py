@@ -99,7 +99,7 @@ def scale_by_meta(
         )
 
     def update_fn(
-        updates: Any, state: ScaleByMetaState, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ScaleByMetaState]:
         metrics = gather_metrics(
             meta,
