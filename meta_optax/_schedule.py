@@ -1,6 +1,7 @@
 """Control as an Optax stateful schedule, for an existing `optax.inject_hyperparams`."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from meta_optax import _checks
+from meta_optax._checks import Scalar
 from meta_optax._control import apply_safely, controlled, gather_metrics, layout_version
 from meta_optax._core import Hyperparams, MetaOptimizer, State, protect
 from meta_optax._groups import CONTROLLED_GROUPS
@@ -34,7 +36,7 @@ class MetaSchedule:
     """An Optax stateful schedule; see `as_schedule`."""
 
     meta: MetaOptimizer
-    base: optax.ScalarOrSchedule
+    base: Scalar | Callable[..., Any]
     hyperparam: str
 
     def init(self) -> MetaScheduleState:
@@ -91,7 +93,7 @@ class MetaSchedule:
 
 def as_schedule(
     meta_optimizer: MetaOptimizer,
-    base: optax.ScalarOrSchedule,
+    base: Scalar | Callable[..., Any],
     hyperparam: str = "learning_rate",
 ) -> MetaSchedule:
     r"""What a strategy makes of one hyperparameter, as an Optax stateful schedule.

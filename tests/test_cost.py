@@ -65,13 +65,13 @@ def test_both_norms_cost_one_read_each():
     tx = mo.inject_meta_hyperparams(optax.adamw, mo.advanced_plateau())(learning_rate=1e-3)
     total = _bytes(tx, value=jnp.float32(1.0))
     assert total / _plain() <= 1.21
-    assert total - _plain() < 2 * PASS + 1024
+    assert total - _plain() < 2 * PASS + 4096
 
 
 def test_two_strategies_share_the_norms():
     twice = mo.chain(mo.advanced_plateau(), mo.plateau(), mo.advanced_plateau())
     tx = mo.inject_meta_hyperparams(optax.adamw, twice)(learning_rate=1e-3)
-    assert _bytes(tx, value=jnp.float32(1.0)) - _plain() < 2 * PASS + 2048
+    assert _bytes(tx, value=jnp.float32(1.0)) - _plain() < 2 * PASS + 4096
 
 
 def test_no_norm_is_measured_where_there_is_no_weight_decay():

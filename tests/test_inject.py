@@ -1,4 +1,4 @@
-"""`inject_meta_hyperparams` and `moe_partition`: what reaches the optimizer, and what is an error."""
+"""`inject_meta_hyperparams` and `moe_partition`: what reaches the optimizer, what is an error."""
 
 import math
 
@@ -260,7 +260,7 @@ class TestErrors:
 
     def test_unknown_argument(self):
         with pytest.raises(TypeError, match="learing_rate"):
-            _plateaued(learing_rate=0.1)
+            _plateaued(learning_rate=0.1, learing_rate=0.1)
 
     def test_first_schedule_value_that_is_not_finite(self):
         """An inverse square root is infinite at step 0: nothing is emitted until it is not."""

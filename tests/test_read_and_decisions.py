@@ -76,17 +76,7 @@ class TestReset:
 
     def test_in_any_wrapper_and_under_jit(self):
         inner = mo.inject_meta_hyperparams(optax.adam, mo.plateau(patience=1))(learning_rate=0.5)
-        tx = (
-            optax.chain(
-                optax.apply_if_finite(inner, 2),
-                mo.scale_by_plateau(patience=1),
-                optax.inject_hyperparams(optax.scale)(
-                    step_size=mo.as_schedule(mo.plateau(patience=1), 1.0)
-                ),
-            )
-            if False
-            else optax.chain(optax.apply_if_finite(inner, 2), mo.scale_by_plateau(patience=1))
-        )
+        tx = optax.chain(optax.apply_if_finite(inner, 2), mo.scale_by_plateau(patience=1))
         p = params()
         old = _run(tx, [{"value": 1.0}] * 4)
         new = jax.jit(lambda s: mo.reset(s, tx, p))(old)
