@@ -151,16 +151,16 @@ def train(
     Returns:
         The last state, and how many steps were made.
     """
-    for step in range(steps):
+    done, is_last = 0, False
+    while not is_last:
         state, metrics = step_fn(state, next(batches))
         recorder.flush()
-        is_last = step == steps - 1 or bool(stop.exit_code)
-        if is_last or step % LOG_EVERY == 0:
-            recorder.keep(step, metrics)
-        if is_last:
-            break
+        is_last = done == steps - 1 or bool(stop.exit_code)
+        if is_last or done % LOG_EVERY == 0:
+            recorder.keep(done, metrics)
+        done += 1
     recorder.flush()
-    return state, step + 1
+    return state, done
 
 
 def evaluate(
