@@ -15,7 +15,7 @@ from meta_optax._core import (
     Metrics,
     forms,
     hold_nonfinite,
-    observe_every,
+    is_due,
     read_step,
     sees,
     select,
@@ -44,6 +44,9 @@ _DECAY_RULES = ("grad_norm", "param_norm", "rising loss")
 class AdvancedPlateauState(NamedTuple):
     """State of `advanced_plateau`."""
 
+    # A reset starts the decisions afresh, not the training.
+    kept_on_reset = ("warmup",)
+
     best: Float[Array, ""]
     bad_count: Int[Array, ""]
     losses: Window
@@ -57,7 +60,7 @@ class AdvancedPlateauState(NamedTuple):
     decay_rule: Int[Array, ""]
     nonfinite_count: Int[Array, ""]
 
-    def rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
+    def decision_rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
         """The rule behind the last change of each hyperparameter, as an index and the names."""
         return {
             "learning_rate": (
@@ -119,14 +122,15 @@ def advanced_plateau(
       min_lr: the rate below which no cut leads, >= 0, in units of the base rate.
       grad_norm_threshold: a gradient norm above this grows weight decay, >= 0; ``math.inf``
         switches both tests on it off.
-      weight_decay_factor: what weight decay is multiplied by, >= 1.
+      weight_decay_factor: what weight decay is multiplied by, >= 1; exactly 1 switches the rule,
+        and the measuring of the norms, off.
       weight_norm_threshold: a growth of the weights' norm per row above this grows weight decay,
         >= 0; ``math.inf`` switches the test off. With both thresholds infinite, no norm is needed.
       warmup_steps: steps of linear warm-up, an integer >= 0.
       trend_window: rows that the trend test looks at, an integer >= 2, not traced.
       update_frequency: look at the metrics of every n-th step only; an integer >= 1.
       rearm_trend: whether a cut empties the trend's window, so that both tests start afresh;
-        False is the recorded behaviour, which cuts at every row of a long plateau.
+        False is the recorded behaviour, which cuts at every row of a long plateau. Not traced.
       max_weight_decay_growth: the most that weight decay becomes, as a multiple of its base (or
         of 1e-6 where that is more), >= 1; ``math.inf`` for the recorded behaviour.
 
@@ -162,6 +166,7 @@ def advanced_plateau(
     most = _checks.real("max_weight_decay_growth", max_weight_decay_growth, low=1.0)
     uses = {"grad_norm": grad_limit, "param_norm": param_limit}
     norms = tuple(name for name, limit in uses.items() if not is_exactly(limit, math.inf))
+    norms = () if is_exactly(factor, 1.0) else norms
 
     def init() -> AdvancedPlateauState:
         return AdvancedPlateauState(
@@ -188,7 +193,11 @@ def advanced_plateau(
         best, bad = count_bad(state.best, state.bad_count, metrics["value"], _LEAST_IMPROVEMENT)
         losses = push(state.losses, metrics["value"])
         by_patience = bad >= patience
-        fires = (by_patience | has_stalled(losses)) & has_room(metrics, min_lr) & ~warm
+        fires = (
+            (by_patience | has_stalled(losses))
+            & has_room(metrics, state.rate_scale, min_lr)
+            & ~warm
+        )
         rule = jnp.where(warm, _WARM_UP, jnp.where(by_patience, _PATIENCE, _TREND))
         return state._replace(
             best=jnp.where(warm, state.best, best),
@@ -224,14 +233,18 @@ def advanced_plateau(
         seen = observe_rate(state, metrics, warm)
         if norms and set(norms) <= set(needs(metrics)):
             seen = observe_decay(seen, metrics, warm)
-        return seen._replace(previous_value=metrics["value"])
+        step = read_step("advanced_plateau", metrics)
+        return seen._replace(
+            previous_value=metrics["value"], warmup=warmup_share(step, warmup_steps)
+        )
 
-    sparse = observe_every("advanced_plateau", frequency, observe)
+    held = hold_nonfinite("advanced_plateau", needs, observe)
 
     def observe_and_warm_up(state: AdvancedPlateauState, metrics: Metrics) -> AdvancedPlateauState:
         # The warm-up moves on the steps in between as well, else it could end short of the rate.
         step = read_step("advanced_plateau", metrics)
-        return sparse(state, metrics)._replace(warmup=warmup_share(step, warmup_steps))
+        between = state._replace(warmup=warmup_share(step, warmup_steps))
+        return select(is_due(step, frequency), held(state, metrics), between)
 
     def apply(state: AdvancedPlateauState, hyperparams: Mapping[str, Any]) -> Hyperparams:
         out = copy_for_plateau("advanced_plateau", hyperparams)
@@ -245,7 +258,7 @@ def advanced_plateau(
     return MetaOptimizer(
         name="advanced_plateau",
         init=init,
-        observe=hold_nonfinite("advanced_plateau", needs, observe_and_warm_up),
+        observe=observe_and_warm_up,
         apply=apply,
         metrics=("value", *norms),
     )

@@ -14,6 +14,8 @@ else:
     # What is no number has to reach the checks here, also where types are checked at run time.
     Scalar = Any
 
+_MOST = np.iinfo(np.int32).max
+
 
 def real(
     name: str,
@@ -76,16 +78,16 @@ def integer(name: str, value: Any, *, low: int) -> int | jax.Array:
     if isinstance(value, Tracer):
         return jnp.maximum(value.astype(jnp.int32), low)
     number = _as_float(value)
-    if number is None or not number.is_integer() or number < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}.")
+    if number is None or not number.is_integer() or not low <= number <= _MOST:
+        raise ValueError(f"{name} must be an integer >= {low} (in int32), got {value!r}.")
     return int(number)
 
 
 def flag(name: str, value: Any) -> bool:
     """Returns ``value`` if it is a bool, else raises a ``ValueError`` that names the argument."""
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name} must be True or False, got {value!r}.")
-    return value
+    return bool(value)
 
 
 def _as_float(value: Any) -> float | None:

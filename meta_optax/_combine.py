@@ -57,7 +57,7 @@ def chain(*meta_optimizers: MetaOptimizer) -> MetaOptimizer:
     """
     if not meta_optimizers:
         raise ValueError("chain needs at least one MetaOptimizer, got none.")
-    metas = [protect(_checked("chain", meta)) for meta in meta_optimizers]
+    metas = [protect(meta, "chain") for meta in meta_optimizers]
 
     def init() -> ChainState:
         return ChainState(states=tuple(meta.init() for meta in metas))
@@ -112,7 +112,7 @@ def every(n: Scalar, meta_optimizer: MetaOptimizer) -> MetaOptimizer:
       0.1
     """
     period = _checks.integer("n", n, low=1)
-    meta = protect(_checked("every", meta_optimizer))
+    meta = protect(meta_optimizer, "every")
     return meta._replace(
         name=f"every({n}, {meta.name})", observe=observe_every(meta.name, period, meta.observe)
     )
@@ -136,7 +136,7 @@ def log_only(meta_optimizer: MetaOptimizer) -> MetaOptimizer:
       >>> meta.apply(meta.init(), {"learning_rate": 1.0})
       {'learning_rate': 1.0}
     """
-    meta = protect(_checked("log_only", meta_optimizer))
+    meta = protect(meta_optimizer, "log_only")
 
     def apply(state: State, hyperparams: Mapping[str, Any]) -> Hyperparams:
         del state
@@ -170,7 +170,7 @@ def bounded(meta_optimizer: MetaOptimizer, **bounds: Any) -> MetaOptimizer:
       >>> print(meta.apply(meta.init(), {"learning_rate": 1e-4})["gate_learning_rate"])
       0.001
     """
-    meta = protect(_checked("bounded", meta_optimizer))
+    meta = protect(meta_optimizer, "bounded")
     limits = {name: _checked_bounds(name, pair) for name, pair in bounds.items()}
 
     def apply(state: State, hyperparams: Mapping[str, Any]) -> Hyperparams:
@@ -185,12 +185,6 @@ def bounded(meta_optimizer: MetaOptimizer, **bounds: Any) -> MetaOptimizer:
         return out
 
     return meta._replace(name=f"bounded({meta.name})", apply=apply)
-
-
-def _checked(combinator: str, meta: object) -> MetaOptimizer:
-    if not isinstance(meta, MetaOptimizer):
-        raise TypeError(f"{combinator} needs a MetaOptimizer, got {type(meta).__name__}: {meta!r}.")
-    return meta
 
 
 def _checked_bounds(name: str, pair: Any) -> tuple[ArrayLike, ArrayLike]:

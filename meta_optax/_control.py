@@ -88,6 +88,12 @@ def apply_safely(
     return out
 
 
+def start_from(base: Hyperparams, name: str) -> Float[Array, ""]:
+    """What stands for the last value before there is one: the base, or 0 where that is unsafe."""
+    value = jnp.asarray(base.get(name, 0.0)).astype(jnp.float32)
+    return jnp.where((value >= 0) & (value < jnp.inf), value, 0.0).astype(jnp.float32)
+
+
 def _at_least_float32(leaf: Array) -> Array:
     narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
     return leaf.astype(jnp.float32) if narrow else leaf

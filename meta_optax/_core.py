@@ -17,6 +17,8 @@ ObserveFn = Callable[[State, Metrics], State]
 
 # What the base value of a hyperparameter is called among metrics and in states.
 BASE_PREFIX = "base_"
+# The groups of parameters that have forms of their own of the hyperparameters.
+CONTROLLED_GROUPS = ("gate", "expert")
 # How a caller hands a metric over, where that is not `name=name`.
 _HOW_TO_PASS = {
     "value": "value=loss",
@@ -109,7 +111,7 @@ def read_metric(strategy: str, metrics: Metrics, name: str, ndim: int | None) ->
     if name not in metrics:
         cause = "was not passed"
         if name == "param_norm":
-            cause += " and cannot be measured without params"
+            cause += " and cannot be measured without params: pass those to update, or the norm"
         raise TypeError(f"{strategy} needs the metric {name!r}, which {cause}. Write {call}.")
     try:
         value = jnp.asarray(metrics[name]).astype(jnp.float32)
@@ -173,13 +175,24 @@ class ProtectedState(NamedTuple):
     inner: State
 
 
-def protect(meta: MetaOptimizer) -> MetaOptimizer:
-    """Gives a strategy whose state does not count held metrics the rule and the count."""
+def protect(meta: Any, caller: str) -> MetaOptimizer:
+    """Gives a strategy whose state does not count held metrics the rule and the count.
+
+    Raises:
+      TypeError: if it is no strategy at all.
+    """
+    if not isinstance(meta, MetaOptimizer):
+        name = getattr(meta, "__name__", None)
+        hint = f": did you mean {name}()?" if name else "."
+        raise TypeError(f"{caller} needs a MetaOptimizer, got {meta!r}{hint}")
     if hasattr(type(jax.eval_shape(meta.init)), "nonfinite_count"):
         return meta
 
     def init() -> ProtectedState:
-        return ProtectedState(nonfinite_count=jnp.zeros([], jnp.int32), inner=meta.init())
+        # Copies, strongly typed: the user's own array must survive donation, and no weak type
+        # may cost a second trace.
+        inner = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), meta.init())
+        return ProtectedState(nonfinite_count=jnp.zeros([], jnp.int32), inner=inner)
 
     def observe(state: ProtectedState, metrics: Metrics) -> ProtectedState:
         return state._replace(inner=meta.observe(state.inner, metrics))
@@ -219,7 +232,13 @@ def observe_every(strategy: str, frequency: ArrayLike, observe: ObserveFn) -> Ob
 
 def forms(hyperparams: Mapping[str, Any], name: str) -> list[str]:
     """The keys that are ``name`` or a group's form of it, as ``gate_learning_rate`` is."""
-    return [key for key in hyperparams if key == name or key.endswith(f"_{name}")]
+    return [key for key in hyperparams if plain_name(key) == name]
+
+
+def plain_name(hyperparam: str) -> str:
+    """The hyperparameter's name without the prefix of a group."""
+    group, _, plain = hyperparam.partition("_")
+    return plain if group in CONTROLLED_GROUPS else hyperparam
 
 
 def sees(metrics: Metrics, name: str) -> bool:

@@ -17,6 +17,7 @@ from meta_optax._core import (
     Metrics,
     State,
     forms,
+    plain_name,
     protect,
     read_step,
 )
@@ -48,6 +49,8 @@ class Decision(NamedTuple):
 
 class DecisionLog(NamedTuple):
     """A ring of the last decisions; ``count`` is how many were ever made."""
+
+    kept_on_reset = ("count", "step", "old", "new", "hyperparam", "reason")
 
     count: Int[Array, ""]
     step: Int[Array, " capacity"]
@@ -94,7 +97,7 @@ def with_decisions(meta_optimizer: MetaOptimizer, capacity: Scalar = 64) -> Meta
       A `MetaOptimizer` that acts as the strategy does.
 
     Raises:
-      ValueError: if the capacity is below 1.
+      ValueError: if the capacity is below 1; from ``update``, if the strategy changes nothing.
 
     Example:
       >>> import jax.numpy as jnp, meta_optax as mo, optax
@@ -107,7 +110,7 @@ def with_decisions(meta_optimizer: MetaOptimizer, capacity: Scalar = 64) -> Meta
       >>> mo.read_decisions(state)
       [Decision(step=1, hyperparam='learning_rate', old=0.5, new=0.25, reason='plateau: patience')]
     """
-    meta = protect(meta_optimizer)
+    meta = protect(meta_optimizer, "with_decisions")
     capacity = _checks.size("capacity", capacity, low=1)
 
     def init() -> WithDecisionsState:
@@ -221,7 +224,7 @@ def _base_of(metrics: Metrics) -> tuple[Hyperparams, bool]:
 
 
 def _has_rules(node: Any) -> bool:
-    return hasattr(node, "rules")
+    return hasattr(node, "decision_rules")
 
 
 def _candidates(meta: MetaOptimizer, old: State, new: State, metrics: Metrics) -> list[_Candidate]:
@@ -252,7 +255,7 @@ def _candidates(meta: MetaOptimizer, old: State, new: State, metrics: Metrics) -
         for i in indices:
             mixed[i] = new_leaves[i]
         after = meta.apply(jax.tree.unflatten(treedef, mixed), dict(base))
-        rules = new_leaves[indices[0]].rules() if indices != others else {}
+        rules = new_leaves[indices[0]].decision_rules() if indices != others else {}
         candidates += [
             _Candidate(
                 old=value(before, name),
@@ -264,6 +267,11 @@ def _candidates(meta: MetaOptimizer, old: State, new: State, metrics: Metrics) -
             if name not in base or after[name] is not base[name]
         ]
         before = after
+    if not candidates:
+        raise ValueError(
+            f"with_decisions has nothing to record: {meta.name} changes no hyperparameter. For a "
+            "dry run write log_only(with_decisions(...)), not the reverse."
+        )
     return candidates
 
 
@@ -271,8 +279,8 @@ def _reason(
     name: str, rules: Mapping[str, tuple[Int[Array, ""], tuple[str, ...]]], hyperparam: str
 ) -> UInt8[Array, " reason_bytes"]:
     """The text of the rule behind a hyperparameter, or behind the plain one of a group's form."""
-    plain = hyperparam.partition("_")[2]
-    index, texts = rules.get(hyperparam) or rules.get(plain) or (jnp.zeros([], jnp.int32), (name,))
+    rule = rules.get(hyperparam) or rules.get(plain_name(hyperparam))
+    index, texts = rule or (jnp.zeros([], jnp.int32), (name,))
     return jnp.asarray(np.stack([_encode(text, _REASON_BYTES) for text in texts]))[index]
 
 

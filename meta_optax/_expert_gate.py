@@ -34,7 +34,7 @@ class ExpertGateState(NamedTuple):
     gate_scale: Float[Array, ""]
     nonfinite_count: Int[Array, ""]
 
-    def rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
+    def decision_rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
         """The rule behind the last change of each hyperparameter, as an index and the names."""
         return {"gate_learning_rate": (jnp.zeros([], jnp.int32), ("expert_gate: gate_entropy",))}
 
@@ -103,8 +103,8 @@ def expert_gate(
     return MetaOptimizer(
         name="expert_gate",
         init=init,
-        observe=hold_nonfinite(
-            "expert_gate", needs, observe_every("expert_gate", frequency, observe)
+        observe=observe_every(
+            "expert_gate", frequency, hold_nonfinite("expert_gate", needs, observe)
         ),
         apply=apply,
         metrics=("gate_entropy",),
@@ -122,7 +122,7 @@ class SmartExpertGateState(NamedTuple):
     gate_rule: Int[Array, ""]
     nonfinite_count: Int[Array, ""]
 
-    def rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
+    def decision_rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
         """The rule behind the last change of each hyperparameter, as an index and the names."""
         only = jnp.zeros([], jnp.int32)
         causes = ("gate_entropy", "gate_sparsity", "gate_entropy and gate_sparsity")
@@ -249,8 +249,8 @@ def smart_expert_gate(
     return MetaOptimizer(
         name="smart_expert_gate",
         init=init,
-        observe=hold_nonfinite(
-            "smart_expert_gate", needs, observe_every("smart_expert_gate", frequency, observe)
+        observe=observe_every(
+            "smart_expert_gate", frequency, hold_nonfinite("smart_expert_gate", needs, observe)
         ),
         apply=apply,
         metrics=("gate_entropy", "gate_sparsity", "expert_usage"),

@@ -9,16 +9,15 @@ PyTree = Any
 Labels = PyTree | Callable[[PyTree], PyTree]
 
 # Which group serves a label; a balance bias follows a rule of its own and no optimizer.
+UNCONTROLLED = "balance_bias"
 GROUP_OF_LABEL = {
     "gate": "gate",
     "gate_bias": "gate",
     "expert": "expert",
     "shared_expert": "dense",
     "dense": "dense",
-    "balance_bias": "balance_bias",
+    "balance_bias": UNCONTROLLED,
 }
-# The groups that have forms of their own of the hyperparameters.
-CONTROLLED_GROUPS = ("gate", "expert")
 
 
 def group_fn(labels: Labels) -> Callable[[PyTree], PyTree]:
@@ -41,13 +40,19 @@ def group_fn(labels: Labels) -> Callable[[PyTree], PyTree]:
     return groups
 
 
-def check_groups(caller: str, groups: PyTree, wanted: tuple[str, ...]) -> None:
-    """Raises unless each wanted group has parameters.
+def check_groups(caller: str, groups: PyTree, params: PyTree, wanted: tuple[str, ...]) -> None:
+    """Raises unless the groups fit the params and each wanted group has some.
 
     Raises:
       ValueError: naming the labels without parameters and those that were seen.
     """
-    present = set(jax.tree.leaves(groups))
+    try:
+        spread = jax.tree.map(lambda g, part: jax.tree.map(lambda _: g, part), groups, params)
+    except ValueError as error:
+        raise ValueError(
+            f"{caller} was given labels that do not fit the params: {error}"
+        ) from error
+    present = set(jax.tree.leaves(spread))
     missing = [group for group in wanted if group not in present]
     if missing:
         raise ValueError(

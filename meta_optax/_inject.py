@@ -18,9 +18,17 @@ from meta_optax._control import (
     controlled,
     gather_metrics,
     layout_version,
+    start_from,
 )
-from meta_optax._core import BASE_PREFIX, Hyperparams, MetaOptimizer, State, protect
-from meta_optax._groups import CONTROLLED_GROUPS
+from meta_optax._core import (
+    BASE_PREFIX,
+    CONTROLLED_GROUPS,
+    Hyperparams,
+    MetaOptimizer,
+    State,
+    plain_name,
+    protect,
+)
 
 Factory = Callable[..., optax.GradientTransformation]
 # What `optax.inject_hyperparams` takes for a number.
@@ -51,6 +59,11 @@ class InjectMetaHyperparamsState(NamedTuple):
     schedule_states: dict[str, Any]
     meta_state: State
     inner_state: optax.OptState
+
+    @property
+    def nonfinite_count(self) -> Int[Array, ""]:
+        """How often a needed metric was not finite."""
+        return self.meta_state.nonfinite_count
 
 
 def inject_meta_hyperparams(
@@ -101,7 +114,11 @@ def inject_meta_hyperparams(
     References:
       `optax.inject_hyperparams`, which this builds on.
     """
-    meta = protect(meta_optimizer)
+    meta = protect(meta_optimizer, "inject_meta_hyperparams")
+    if not callable(inner_factory):
+        raise TypeError(
+            f"inject_meta_hyperparams needs an optimizer's factory, got {inner_factory!r}."
+        )
     static = {static_args} if isinstance(static_args, str) else set(static_args)
     signature = inspect.signature(inner_factory)
     if unknown := static - set(signature.parameters):
@@ -132,17 +149,17 @@ def inject_meta_hyperparams(
         def init_fn(params: Any) -> InjectMetaHyperparamsState:
             count = jnp.zeros([], jnp.int32)
             states = {key: schedule.init() for key, schedule in arguments.stateful.items()}
-            base = {name: _strong(signature, name, v) for name, v in arguments.constants.items()}
+            base = _constants(signature, arguments, names)
             base |= _scheduled(arguments, count, states, {})
+            _check_start(base, names)
             meta_state = meta.init()
-            nothing = dict.fromkeys(names, jnp.zeros([], jnp.float32))
-            used = apply_safely(meta, meta_state, base, nothing, names)
+            start = {name: start_from(base, name) for name in names}
+            used = apply_safely(meta, meta_state, base, start, names)
             return InjectMetaHyperparamsState(
                 layout_version=layout_version(),
                 count=count,
                 hyperparams=used,
-                # Copies: a buffer that stands in the state twice could not be donated.
-                base_hyperparams={BASE_PREFIX + name: jnp.array(base[name]) for name in kept},
+                base_hyperparams={BASE_PREFIX + name: base[name] for name in kept},
                 schedule_states=states,
                 meta_state=meta_state,
                 inner_state=_inner_state(inner(used).init(params)),
@@ -208,7 +225,7 @@ def _sort_arguments(
     schedules = {name: value for name, value in numeric.items() if callable(value)}
     return _Arguments(
         bound=bound,
-        constants={k: v for k, v in numeric.items() if isinstance(v, _NUMBERS)},
+        constants={k: v for k, v in numeric.items() if _is_number(v)},
         schedules=schedules,
         stateful={
             f"schedule_{name}": schedule
@@ -222,7 +239,7 @@ def _controlled_keys(
     factory: Factory, meta: MetaOptimizer, signature: inspect.Signature, arguments: _Arguments
 ) -> tuple[str, ...]:
     """The hyperparameters that the strategy changes, all of which the factory must take."""
-    base = {name: _strong(signature, name, v) for name, v in arguments.constants.items()}
+    base = _constants(signature, arguments, ())
     base |= dict.fromkeys(arguments.schedules, jnp.zeros([], jnp.float32))
     names = controlled(meta, base)
     for name in names:
@@ -239,7 +256,31 @@ def _controlled_keys(
     return names
 
 
-def _strong(signature: inspect.Signature, name: str, value: Any) -> Array:
+def _is_number(value: Any) -> bool:
+    """What Optax takes for one, but for typed PRNG keys, which have no value to control."""
+    is_key = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return isinstance(value, _NUMBERS) and not is_key
+
+
+def _constants(
+    signature: inspect.Signature, arguments: _Arguments, names: tuple[str, ...]
+) -> Hyperparams:
+    """The base values that are constants; those that a strategy controls are float32."""
+    return {
+        name: _strong(signature, name, value, is_controlled=name in names)
+        for name, value in arguments.constants.items()
+    }
+
+
+def _check_start(base: Hyperparams, names: tuple[str, ...]) -> None:
+    """Raises if a controlled hyperparameter starts below zero, as far as can be seen."""
+    for name in names:
+        value = base.get(name, jnp.zeros([]))
+        if not isinstance(value, Tracer) and value < 0:
+            raise ValueError(f"The schedule given for {name!r} starts at {value}; it must be >= 0.")
+
+
+def _strong(signature: inspect.Signature, name: str, value: Any, *, is_controlled: bool) -> Array:
     """A base value as a strongly typed scalar of its own buffer."""
     if np.ndim(value) != 0:
         raise ValueError(
@@ -248,9 +289,14 @@ def _strong(signature: inspect.Signature, name: str, value: Any) -> Array:
         )
     if not isinstance(value, Tracer) and np.isnan(value):
         raise ValueError(f"The hyperparameter {name!r} must be a number, got {value!r}.")
-    default = signature.parameters[name].default
-    is_integer = isinstance(default, int) and not isinstance(default, bool)
-    return jnp.array(value, jnp.int32 if is_integer else jnp.float32)
+    # An integer stays one where the factory has an integer, or nothing, for its default: a seed or
+    # a number of steps. A rate of 1 is a rate.
+    own, plain = (signature.parameters.get(key) for key in (name, plain_name(name)))
+    default = (plain or own).default  # pyright: ignore[reportOptionalMemberAccess]
+    allowed = default is None or (isinstance(default, int) and not isinstance(default, bool))
+    is_integer = jnp.issubdtype(jnp.result_type(value), jnp.integer)
+    keeps = is_integer and allowed and not is_controlled
+    return jnp.array(value, jnp.int32 if keeps else jnp.float32)
 
 
 def _scheduled(
@@ -261,10 +307,11 @@ def _scheduled(
     for name, schedule in arguments.schedules.items():
         key = f"schedule_{name}"
         value = schedule(states[key], **extra_args) if key in states else schedule(count)
-        if jax.tree.structure(value) != jax.tree.structure(0) or jnp.ndim(value) != 0:
+        is_leaf = jax.tree.structure(value) == jax.tree.structure(0)
+        if not is_leaf or jnp.ndim(value) != 0 or jnp.result_type(value) == jnp.bool_:
             raise TypeError(
-                f"The schedule given for {name!r} must return a scalar, got {value!r}. If it is no "
-                f"schedule, write static_args={name!r}."
+                f"The schedule given for {name!r} must return a real scalar, got {value!r}. If it "
+                f"is no schedule, write static_args={name!r}."
             )
         values[name] = jnp.asarray(value).astype(jnp.float32)
     return values

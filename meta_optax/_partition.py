@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from meta_optax._groups import CONTROLLED_GROUPS, Labels, check_groups, group_fn
+from meta_optax._core import CONTROLLED_GROUPS
+from meta_optax._groups import UNCONTROLLED, Labels, check_groups, group_fn
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -48,6 +49,8 @@ def moe_partition(
     References:
       `optax.partition`, which this builds.
     """
+    if not callable(inner_factory):
+        raise TypeError(f"moe_partition needs an optimizer's factory, got {inner_factory!r}.")
     plain = inspect.signature(inner_factory)
     signature = _with_group_forms(plain)
     groups = group_fn(labels)
@@ -66,12 +69,12 @@ def moe_partition(
             return inner_factory(*own.args, **own.kwargs)
 
         transforms = {group: inner(group) for group in (*CONTROLLED_GROUPS, "dense")}
-        tx = optax.partition({**transforms, "balance_bias": optax.set_to_zero()}, groups)
+        tx = optax.partition({**transforms, UNCONTROLLED: optax.set_to_zero()}, groups)
 
         def init_fn(params: Any) -> optax.OptState:
             # Optax's placeholder for params has no leaves, and so nothing to be labelled.
             if jax.tree.leaves(params):
-                check_groups("moe_partition", groups(params), CONTROLLED_GROUPS)
+                check_groups("moe_partition", groups(params), params, CONTROLLED_GROUPS)
             return tx.init(params)
 
         return optax.GradientTransformationExtraArgs(init_fn, tx.update)

@@ -41,7 +41,7 @@ class PlateauState(NamedTuple):
     decay_growth: Float[Array, ""]
     nonfinite_count: Int[Array, ""]
 
-    def rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
+    def decision_rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
         """The rule behind the last change of each hyperparameter, as an index and the names."""
         only = jnp.zeros([], jnp.int32)
         return {
@@ -137,7 +137,9 @@ def plateau(
         return state._replace(
             best=best,
             bad_count=jnp.where(fires, 0, bad),
-            rate_scale=cut(state.rate_scale, cut_factor, fires & has_room(metrics, min_lr)),
+            rate_scale=cut(
+                state.rate_scale, cut_factor, fires & has_room(metrics, state.rate_scale, min_lr)
+            ),
             decay_growth=grow(state.decay_growth, factor, high),
         )
 
@@ -152,7 +154,7 @@ def plateau(
     return MetaOptimizer(
         name="plateau",
         init=init,
-        observe=hold_nonfinite("plateau", needs, observe_every("plateau", frequency, observe)),
+        observe=observe_every("plateau", frequency, hold_nonfinite("plateau", needs, observe)),
         apply=apply,
         metrics=("value", "grad_norm") if grows else ("value",),
     )

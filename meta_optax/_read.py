@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
 from meta_optax._control import LAYOUT_VERSION
-from meta_optax._decisions import DecisionLog
 from meta_optax._inject import InjectMetaHyperparamsState
 from meta_optax._scale import ScaleByMetaState
 from meta_optax._schedule import MetaScheduleState
@@ -43,10 +44,11 @@ def read_hyperparams(opt_state: Any) -> dict[str, float]:
         )
     versions = [node.layout_version for node in _nodes(opt_state, _is_own)]
     values, versions = jax.device_get((found, versions))
-    _check_versions(versions)
+    check_versions(versions)
     merged: dict[str, float] = {}
     for hyperparams in values:
-        for name, value in hyperparams.items():
+        for name, leaf in hyperparams.items():
+            value = _only_leaf(leaf)
             if value.ndim:
                 raise ValueError(f"{name!r} has shape {value.shape}: read one of the states.")
             if merged.setdefault(name, value.item()) != value.item():
@@ -86,10 +88,15 @@ def reset(opt_state: Any, tx: Any, params: Any) -> Any:
       0.1 4
     """
     shapes = jax.eval_shape(tx.init, params)
-    if not _nodes(opt_state, _is_own):
+    own = _nodes(opt_state, _is_own)
+    if not own:
         raise ValueError("The state holds no strategy of this library: there is nothing to reset.")
-    if jax.tree.structure(shapes) != jax.tree.structure(opt_state):
-        raise ValueError("The state does not belong to this transformation: the structures differ.")
+    check_versions([node.layout_version for node in own])
+    if _layout(shapes) != _layout(opt_state):
+        raise ValueError(
+            "The state does not belong to this transformation and these params: structures, shapes "
+            "or dtypes differ. Of an nnx.Optimizer, pass nnx.as_pure(optimizer.opt_state)."
+        )
     # Only the strategies' states leave the computation, so XLA makes no second set of moments.
     fresh = jax.jit(lambda: [n.meta_state for n in _nodes(tx.init(params), _is_own)])()
     remaining = iter(fresh)
@@ -97,7 +104,7 @@ def reset(opt_state: Any, tx: Any, params: Any) -> Any:
     def renew(node: Any) -> Any:
         if not _is_own(node):
             return node
-        meta_state = _keep_logs(node.meta_state, next(remaining))
+        meta_state = _carry_over(node.meta_state, next(remaining))
         rest = {name: walk(getattr(node, name)) for name in _rest(node)}
         return node._replace(**rest, meta_state=meta_state)
 
@@ -107,13 +114,27 @@ def reset(opt_state: Any, tx: Any, params: Any) -> Any:
     return walk(opt_state)
 
 
-def _keep_logs(old: Any, fresh: Any) -> Any:
-    """The fresh state with the logs of decisions of the old one."""
+def _carry_over(old: Any, fresh: Any) -> Any:
+    """The fresh state with those fields of the old one that a reset is to keep."""
 
-    def keep(a: Any, b: Any) -> Any:
-        return a if isinstance(a, DecisionLog) else b
+    def has_kept(node: Any) -> bool:
+        return hasattr(type(node), "kept_on_reset")
 
-    return jax.tree.map(keep, old, fresh, is_leaf=lambda node: isinstance(node, DecisionLog))
+    def carry(a: Any, b: Any) -> Any:
+        return b._replace(**{k: getattr(a, k) for k in a.kept_on_reset}) if has_kept(a) else b
+
+    return jax.tree.map(carry, old, fresh, is_leaf=has_kept)
+
+
+def _layout(tree: Any) -> Any:
+    """The structure of a tree, and the shapes and dtypes of its leaves."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _only_leaf(tree: Any) -> np.ndarray:
+    """An array on the host, also where a framework wraps it, as Flax NNX does."""
+    return np.asarray(jax.tree.leaves(tree)[0])
 
 
 def _is_own(node: Any) -> bool:
@@ -138,9 +159,10 @@ def _nodes(tree: Any, is_wanted: Callable[[Any], bool]) -> list[Any]:
     return found
 
 
-def _check_versions(versions: list[Any]) -> None:
-    for version in versions:
-        if (version != LAYOUT_VERSION).any():
+def check_versions(versions: list[Any]) -> None:
+    """Raises if a state has another layout than this version's, as far as can be seen."""
+    for version in jax.tree.leaves(versions):
+        if not isinstance(version, Tracer) and np.any(np.asarray(version) != LAYOUT_VERSION):
             raise ValueError(
                 f"The state has layout version {version}, and this version of meta_optax knows "
                 f"{LAYOUT_VERSION}: restore it with the version that wrote it."

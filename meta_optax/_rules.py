@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from meta_optax._core import Hyperparams, Metrics, forms
+from meta_optax._core import BASE_PREFIX, Hyperparams, Metrics, forms
 
 # What counts as no weight decay at all, where a bound relative to the base needs a base.
 LEAST_WEIGHT_DECAY = 1e-6
@@ -38,9 +38,15 @@ def grow(growth: Float[Array, ""], factor: ArrayLike, fires: Bool[Array, ""]) ->
     return jnp.where(fires, jnp.minimum(growth * factor, _MOST_GROWTH), growth)
 
 
-def has_room(metrics: Metrics, min_lr: ArrayLike) -> Bool[Array, ""]:
-    """Whether the rate in use leaves room for a cut; yes where no rate is shown."""
-    rate = jnp.asarray(metrics.get("learning_rate", jnp.inf)).astype(jnp.float32)
+def has_room(metrics: Metrics, scale: Float[Array, ""], min_lr: ArrayLike) -> Bool[Array, ""]:
+    """Whether the cuts so far leave room for one more; yes where no rate is shown.
+
+    What counts is the base under this strategy's own cuts: a rate that others bound, or a dry run
+    that acts on none, must not let the scale fall without end.
+    """
+    current = jnp.asarray(metrics.get("learning_rate", jnp.inf)).astype(jnp.float32)
+    base = metrics.get(f"{BASE_PREFIX}learning_rate")
+    rate = current if base is None else cut_rate(base, scale, min_lr)
     return rate > jnp.asarray(min_lr, jnp.float32)
 
 
@@ -79,11 +85,11 @@ def copy_for_plateau(strategy: str, hyperparams: Mapping[str, Any]) -> Hyperpara
     Raises:
       ValueError: if there is none, naming those that there are.
     """
-    if not forms(hyperparams, "learning_rate") + forms(hyperparams, "weight_decay"):
+    # A schedule for weight decay shows that alone; an optimizer without a rate is a mistake.
+    if not forms(hyperparams, "learning_rate") and set(hyperparams) != {"weight_decay"}:
         raise ValueError(
-            f"{strategy} controls 'learning_rate' and 'weight_decay', of which the optimizer takes "
-            f"neither: its hyperparameters are {sorted(hyperparams)}. Give the factory an argument "
-            "of that name."
+            f"{strategy} controls 'learning_rate', which the optimizer does not take: its "
+            f"hyperparameters are {sorted(hyperparams)}. Give the factory an argument of that name."
         )
     return dict(hyperparams)
 

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from meta_optax._advanced_plateau import advanced_plateau
 from meta_optax._control import apply_safely, controlled, gather_metrics, layout_version
-from meta_optax._core import MetaOptimizer, State, protect
+from meta_optax._core import CONTROLLED_GROUPS, MetaOptimizer, State, protect
 from meta_optax._expert_gate import expert_gate, smart_expert_gate
-from meta_optax._groups import CONTROLLED_GROUPS, Labels, check_groups, group_fn
+from meta_optax._groups import UNCONTROLLED, Labels, check_groups, group_fn
 from meta_optax._plateau import plateau
 
 _RATE = "learning_rate"
@@ -25,8 +25,9 @@ class ScaleByMetaState(NamedTuple):
       layout_version: the version of this layout.
       count: the updates made, saturating.
       hyperparams: the factors of the last update, float32, under ``learning_rate_scale`` and,
-        with labels, ``gate_learning_rate_scale`` and ``expert_learning_rate_scale``. The names
-        differ from the rates' own, so that a rate injected in the same chain stays readable.
+        with labels, ``gate_learning_rate_scale`` and ``expert_learning_rate_scale``: those that
+        the strategy controls. The names differ from the rates' own, so that a rate injected in
+        the same chain stays readable.
       meta_state: the strategy's state.
     """
 
@@ -34,6 +35,11 @@ class ScaleByMetaState(NamedTuple):
     count: Int[Array, ""]
     hyperparams: dict[str, Array]
     meta_state: State
+
+    @property
+    def nonfinite_count(self) -> Int[Array, ""]:
+        """How often a needed metric was not finite."""
+        return self.meta_state.nonfinite_count
 
 
 def scale_by_meta(
@@ -45,7 +51,8 @@ def scale_by_meta(
 
     with :math:`g(i)` the group's form of the rate, or the plain one where the strategy sets none.
     Goes behind the optimizer: before Adam a common factor cancels. A strategy's ``min_lr`` is a
-    factor here. The products are taken in float32 at least and cast back.
+    factor here. Leaves labelled ``balance_bias`` are left alone. The products are taken in float32
+    at least and cast back.
 
     The incoming updates are the optimizer's, not the gradients: where a strategy needs
     ``grad_norm`` to judge by gradients, pass it.
@@ -72,7 +79,7 @@ def scale_by_meta(
       >>> print(updates)
       [-0.5 -0.5]
     """
-    meta = protect(meta_optimizer)
+    meta = protect(meta_optimizer, "scale_by_meta")
     one = {_RATE: jnp.ones([], jnp.float32)}
     names = controlled(meta, one)
     groups = None if labels is None else group_fn(labels)
@@ -82,15 +89,13 @@ def scale_by_meta(
     def scales(state: State, last: dict[str, Array]) -> dict[str, Array]:
         rates = {name.removesuffix("_scale"): scale for name, scale in last.items()}
         used = apply_safely(meta, state, dict(one), rates, names)
-        # What no rule controls stays the 1 that it was, in the buffer that it came in.
-        return {**last, **{f"{name}_scale": used[name] for name in names}}
+        return {f"{name}_scale": used[name] for name in names}
 
     def init_fn(params: Any) -> ScaleByMetaState:
         if groups is not None and jax.tree.leaves(params):
-            check_groups(f"scale_by_meta({meta.name})", groups(params), own)
+            check_groups(f"scale_by_meta({meta.name})", groups(params), params, own)
         meta_state = meta.init()
-        start = {f"{_RATE}_scale": jnp.ones([], jnp.float32)}
-        start |= {f"{name}_scale": jnp.zeros([], jnp.float32) for name in names}
+        start = {f"{name}_scale": jnp.ones([], jnp.float32) for name in names}
         return ScaleByMetaState(
             layout_version=layout_version(),
             count=jnp.zeros([], jnp.int32),
@@ -112,15 +117,15 @@ def scale_by_meta(
         )
         meta_state = meta.observe(state.meta_state, metrics)
         new = scales(meta_state, state.hyperparams)
-        plain = new[f"{_RATE}_scale"]
-        if groups is None:
-            updates = _scale(updates, plain)
-        else:
-            updates = jax.tree.map(
-                lambda group, part: _scale(part, new.get(f"{group}_{_RATE}_scale", plain)),
-                groups(updates),
-                updates,
-            )
+        plain = new.get(f"{_RATE}_scale")
+
+        def scale(group: str, part: Any) -> Any:
+            factor = new.get(f"{group}_{_RATE}_scale", plain)
+            return part if factor is None or group == UNCONTROLLED else _scale(part, factor)
+
+        updates = (
+            jax.tree.map(scale, groups(updates), updates) if groups else scale("dense", updates)
+        )
         return updates, state._replace(
             count=optax.safe_increment(state.count), hyperparams=new, meta_state=meta_state
         )

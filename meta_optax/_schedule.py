@@ -10,9 +10,14 @@ from jaxtyping import Array, Float, Int
 
 from meta_optax import _checks
 from meta_optax._checks import Scalar
-from meta_optax._control import apply_safely, controlled, gather_metrics, layout_version
-from meta_optax._core import Hyperparams, MetaOptimizer, State, protect
-from meta_optax._groups import CONTROLLED_GROUPS
+from meta_optax._control import (
+    apply_safely,
+    controlled,
+    gather_metrics,
+    layout_version,
+    start_from,
+)
+from meta_optax._core import Hyperparams, MetaOptimizer, State, plain_name, protect
 
 
 class MetaScheduleState(NamedTuple):
@@ -42,10 +47,11 @@ class MetaSchedule:
     def init(self) -> MetaScheduleState:
         """The state before anything was observed."""
         count, meta_state = jnp.zeros([], jnp.int32), self.meta.init()
+        base = self._base(count)
         return MetaScheduleState(
             layout_version=layout_version(),
             count=count,
-            last=self._value(meta_state, self._base(count), jnp.zeros([], jnp.float32)),
+            last=self._value(meta_state, base, start_from(base, plain_name(self.hyperparam))),
             meta_state=meta_state,
         )
 
@@ -80,7 +86,7 @@ class MetaSchedule:
 
     def _base(self, count: Int[Array, ""]) -> Hyperparams:
         value = self.base(count) if callable(self.base) else self.base
-        return {_plain(self.hyperparam): jnp.asarray(value).astype(jnp.float32)}
+        return {plain_name(self.hyperparam): jnp.asarray(value).astype(jnp.float32)}
 
     def _value(
         self, meta_state: State, base: Hyperparams, last: Float[Array, ""]
@@ -127,19 +133,15 @@ def as_schedule(
       >>> print(state.hyperparams["learning_rate"])
       0.05
     """
-    meta = protect(meta_optimizer)
+    meta = protect(meta_optimizer, "as_schedule")
     if not callable(base):
         base = _checks.real(f"the base of {hyperparam!r}", base, open_high=True)
-    names = controlled(meta, {_plain(hyperparam): jnp.zeros([], jnp.float32)})
-    if names and hyperparam not in names:
+    plain = plain_name(hyperparam)
+    names = controlled(meta, {plain: jnp.zeros([], jnp.float32)})
+    # What only looks on (`log_only`) controls nothing, and leaves the plain one as it is.
+    if hyperparam not in names and (names or hyperparam != plain):
         raise ValueError(
             f"{meta.name} does not control {hyperparam!r}; of a schedule for it, it would set "
             f"{sorted(names)}."
         )
     return MetaSchedule(meta=meta, base=base, hyperparam=hyperparam)
-
-
-def _plain(hyperparam: str) -> str:
-    """The name without the prefix of a group."""
-    group, _, plain = hyperparam.partition("_")
-    return plain if group in CONTROLLED_GROUPS else hyperparam

@@ -11,7 +11,7 @@ from table import row
 import meta_optax as mo
 from meta_optax import _checks
 
-POSITIVE_INTEGERS = [0, -1, 1.5, math.nan, math.inf, "3", None, True, [3]]
+POSITIVE_INTEGERS = [0, -1, 1.5, 2**40, math.nan, math.inf, "3", None, True, [3]]
 AT_LEAST_ZERO = [-1.0, -1e-9, math.nan, -math.inf, "1", None, [1.0], 1j]
 FACTORS = [0.0, 1.0, -0.5, 1.5, math.nan, math.inf, "0.5", None, True]
 GROWTHS = [0.5, -1.0, math.nan, "2", None]

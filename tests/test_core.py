@@ -87,6 +87,8 @@ class TestChain:
             mo.chain()
         with pytest.raises(TypeError, match="adam"):
             mo.chain(optax.adam)
+        with pytest.raises(TypeError, match=r"^chain needs a MetaOptimizer.*mean plateau\(\)"):
+            _core.protect(mo.plateau, "chain")
 
 
 class TestEvery:
@@ -175,6 +177,31 @@ class TestCustom:
             _, state = tx.update(p, state, p, value=1.0)
             assert mo.read_hyperparams(state) == {"learning_rate": 0.25}
 
+    def test_array_of_the_users_own_survives_donation_and_weak_types_cost_no_trace(self):
+        start = jnp.ones([])
+        p = params()
+        for init in (lambda: start, lambda: 1.0):
+            strategy = custom()._replace(init=init, observe=lambda state, metrics: state * 0.5)
+            tx = mo.inject_meta_hyperparams(optax.sgd, strategy)(0.1)
+            step = jax.jit(lambda s, tx=tx: tx.update(p, s, p, value=1.0)[1], donate_argnums=0)
+            step(step(tx.init(p)))
+            assert step._cache_size() == 1
+        assert not start.is_deleted()
+
+    def test_that_is_none_is_an_error_that_helps(self):
+        makers = [
+            lambda m: mo.inject_meta_hyperparams(optax.sgd, m),
+            mo.scale_by_meta,
+            lambda m: mo.as_schedule(m, 0.1),
+            mo.with_decisions,
+            mo.log_only,
+            mo.bounded,
+            lambda m: mo.every(2, m),
+        ]
+        for make in makers:
+            with pytest.raises(TypeError, match=r"MetaOptimizer|plateau"):
+                make(mo.plateau)
+
     def test_that_drops_a_hyperparameter_is_an_error(self):
         dropping = custom()._replace(apply=lambda state, hyperparams: {})
         with pytest.raises(ValueError, match=r"custom drops the hyperparameters.*learning_rate"):
@@ -190,7 +217,7 @@ class TestCustom:
 
 def test_protect_leaves_those_alone_that_count_for_themselves():
     for strategy in (mo.plateau(), mo.chain(custom()), mo.with_decisions(mo.plateau())):
-        assert _core.protect(strategy) is strategy
+        assert _core.protect(strategy, "test") is strategy
 
 
 def test_hold_counts_saturate():

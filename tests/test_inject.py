@@ -58,6 +58,25 @@ class TestState:
         assert state.hyperparams["learning_rate"].dtype == jnp.float32
         assert state.hyperparams["steps"].dtype == jnp.int32
 
+    def test_floats_for_integer_defaults_stay_floats(self):
+        def factory(learning_rate=1, weight_decay=0, momentum=0):
+            return optax.chain(
+                optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum)
+            )
+
+        make = mo.inject_meta_hyperparams(factory, mo.plateau())
+        state = make(0.1, weight_decay=0.3, momentum=0.9).init(params())
+        read = {"learning_rate": 0.1, "weight_decay": 0.3, "momentum": 0.9}
+        assert mo.read_hyperparams(state) == pytest.approx(read)
+        assert make().init(params()).hyperparams["learning_rate"].dtype == jnp.float32
+
+    @pytest.mark.filterwarnings("ignore:Specifying a key:UserWarning")
+    @pytest.mark.parametrize("seed", [0, None])
+    def test_seeds_and_keys_are_left_to_the_factory(self, seed):
+        key = jax.random.key(0) if seed is None else seed
+        tx = mo.inject_meta_hyperparams(optax.noisy_sgd, mo.plateau())(0.1, key=key)
+        assert mo.read_hyperparams(_run(tx, [1.0])[1])["learning_rate"] == pytest.approx(0.1)
+
     def test_the_callers_array_survives_donation(self):
         rate, b1 = jnp.float32(0.1), jnp.float32(0.9)
         tx = _plateaued(learning_rate=rate, b1=b1)
@@ -123,6 +142,24 @@ class TestActing:
             _, state = _run(tx, [1.0], p, state)
             rates.append(float(state.hyperparams["learning_rate"]))
         assert rates == pytest.approx([1.0, 0.6, 0.5, 0.25, 0.0, 0.0])
+
+    @pytest.mark.parametrize("wrap", [lambda m: m, mo.log_only])
+    def test_cuts_end_at_the_floor_and_a_rising_base_comes_back(self, wrap):
+        """The factor does not fall out of sight at the floor, nor in a dry run."""
+        rising = optax.piecewise_constant_schedule(1e-5, {12: 1000.0})
+        strategy = wrap(mo.plateau(patience=1, min_lr=1e-6))
+        _, state = _run(
+            mo.inject_meta_hyperparams(optax.sgd, strategy)(learning_rate=rising), [1.0] * 12
+        )
+        assert float(state.meta_state.rate_scale) == pytest.approx(1 / 16)
+
+    def test_arguments_of_like_names_are_left_alone(self):
+        def factory(learning_rate, max_learning_rate=1.0, ema_of_learning_rate=0.5):
+            return optax.sgd(learning_rate)
+
+        tx = mo.inject_meta_hyperparams(factory, mo.plateau(patience=1))(0.1)
+        read = mo.read_hyperparams(_run(tx, [1.0] * 3)[1])
+        assert (read["max_learning_rate"], read["ema_of_learning_rate"]) == (1.0, 0.5)
 
     def test_stateful_schedule_of_optax_is_a_base(self):
         class Halving:
@@ -231,6 +268,31 @@ class TestErrors:
     def test_nothing_to_control(self):
         with pytest.raises(ValueError, match=r"plateau controls 'learning_rate'.*'step_size'"):
             mo.inject_meta_hyperparams(optax.scale, mo.plateau())(step_size=0.1)
+
+        def make(lr, weight_decay=1e-2):
+            return optax.adamw(lr, weight_decay=weight_decay)
+
+        for strategy in (mo.plateau(), mo.advanced_plateau()):
+            with pytest.raises(ValueError, match=r"controls 'learning_rate'.*'lr'"):
+                mo.inject_meta_hyperparams(make, strategy)(0.1)
+
+    def test_schedule_that_starts_below_zero(self):
+        tx = _plateaued(learning_rate=lambda count: -1e-3)
+        with pytest.raises(ValueError, match=r"'learning_rate' starts at -0.001"):
+            tx.init(params())
+
+    def test_mask_that_answers_with_a_bool(self):
+        tx = _plateaued(learning_rate=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+        with pytest.raises(TypeError, match=r"'mask'.*static_args='mask'"):
+            tx.init(params())
+
+    def test_optimizer_in_place_of_a_factory(self):
+        for make in (
+            lambda: mo.inject_meta_hyperparams(optax.sgd(0.1), mo.plateau()),
+            lambda: mo.moe_partition(optax.sgd(0.1), LABELS),
+        ):
+            with pytest.raises(TypeError, match="factory"):
+                make()
 
     @pytest.mark.parametrize("base", [math.nan, math.inf, -0.1, jnp.float32(-1.0), np.nan])
     def test_base_out_of_range(self, base):

@@ -27,7 +27,12 @@ def test_nnx_optimizer_forwards_the_metrics():
     before = float(step(model, optimizer))
     for _ in range(2):
         assert float(step(model, optimizer)) != before
-    assert float(optimizer.opt_state.hyperparams["learning_rate"][...]) == pytest.approx(0.025)
+    assert mo.read_hyperparams(optimizer.opt_state)["learning_rate"] == pytest.approx(0.025)
+    pure = nnx.as_pure(optimizer.opt_state)
+    weights = nnx.as_pure(nnx.state(model, nnx.Param))
+    assert mo.reset(pure, tx, weights).count == 3
+    with pytest.raises(ValueError, match=r"nnx.as_pure\(optimizer.opt_state\)"):
+        mo.reset(optimizer.opt_state, tx, weights)
 
 
 def test_a_clip_inside_the_factory_leaves_the_norm_to_be_seen():

@@ -27,6 +27,12 @@ def _logged(strategy, **kwargs):
 
 
 class TestRead:
+    def test_count_of_what_was_held_stands_on_the_state(self):
+        tx = mo.inject_meta_hyperparams(optax.sgd, mo.chain(mo.plateau(), mo.plateau()))(0.5)
+        assert int(_run(tx, [{"value": jnp.nan}] * 3).nonfinite_count) == 6
+        tx = mo.scale_by_plateau()
+        assert int(_run(tx, [{"value": jnp.nan}] * 3).nonfinite_count) == 3
+
     def test_finds_the_state_wherever_it_is(self):
         tx = mo.inject_meta_hyperparams(optax.sgd, mo.plateau())(learning_rate=0.5)
         for wrapped in (tx, optax.chain(optax.clip(1.0), tx), optax.apply_if_finite(tx, 2)):
@@ -71,8 +77,34 @@ class TestReset:
         assert int(new.count) == 5
         chex.assert_trees_all_equal(new.inner_state, old.inner_state)
         chex.assert_trees_all_equal(new.hyperparams, old.hyperparams)
-        if name != "with_decisions":
+        if name not in ("with_decisions", "advanced_plateau"):  # which keep a log, and the warm-up
             chex.assert_trees_all_equal(new.meta_state, tx.init(p).meta_state)
+
+    def test_warm_up_does_not_start_again(self):
+        strategy = mo.with_decisions(mo.advanced_plateau(warmup_steps=4, patience=1))
+        for wrapped in (strategy, mo.every(5, strategy)):
+            tx = mo.inject_meta_hyperparams(optax.adam, wrapped)(learning_rate=0.5)
+            old = _run(tx, [{"value": 1.0}] * 12)
+            new = mo.reset(old, tx, params())
+            after = _run(tx, [{"value": np.nan}], new)
+            assert mo.read_hyperparams(after)["learning_rate"] == 0.5
+            assert mo.read_decisions(after) == mo.read_decisions(old)
+
+    def test_state_of_another_shape(self):
+        tx = mo.inject_meta_hyperparams(optax.adam, mo.plateau())(learning_rate=0.5)
+        batch = jax.tree.map(lambda x: jnp.stack([x, x]), params())
+        with pytest.raises(ValueError, match="does not belong"):
+            mo.reset(jax.vmap(tx.init)(batch), tx, params())
+        longer = mo.inject_meta_hyperparams(optax.adam, mo.advanced_plateau(trend_window=9))(0.5)
+        shorter = mo.inject_meta_hyperparams(optax.adam, mo.advanced_plateau(trend_window=3))(0.5)
+        with pytest.raises(ValueError, match="does not belong"):
+            mo.reset(longer.init(params()), shorter, params())
+
+    def test_unknown_layout(self):
+        tx = mo.inject_meta_hyperparams(optax.adam, mo.plateau())(learning_rate=0.5)
+        state = tx.init(params())._replace(layout_version=jnp.int32(0))
+        with pytest.raises(ValueError, match="layout version 0"):
+            mo.reset(state, tx, params())
 
     def test_in_any_wrapper_and_under_jit(self):
         inner = mo.inject_meta_hyperparams(optax.adam, mo.plateau(patience=1))(learning_rate=0.5)
@@ -207,6 +239,12 @@ class TestDecisions:
         state = _run(tx, [{"value": 1.0}] * 2)
         assert mo.read_hyperparams(state) == {"learning_rate": 1.0}
         assert [(d.old, d.new) for d in mo.read_decisions(state)] == [(1.0, 0.5)]
+
+    def test_dry_run_the_wrong_way_round_is_an_error(self):
+        strategy = mo.with_decisions(mo.log_only(mo.plateau()))
+        tx = mo.inject_meta_hyperparams(optax.sgd, strategy)(learning_rate=1.0)
+        with pytest.raises(ValueError, match=r"nothing to record.*log_only\(with_decisions"):
+            _run(tx, [{"value": 1.0}])
 
     def test_one_log_for_each_strategy(self):
         tx = mo.inject_meta_hyperparams(

@@ -116,6 +116,22 @@ def test_warmup_reaches_the_full_rate_with_an_update_frequency():
     np.testing.assert_allclose(rates[7:], 0.7, rtol=1e-6)
 
 
+@pytest.mark.parametrize("strategy", [mo.plateau, mo.advanced_plateau])
+def test_what_is_not_finite_on_a_step_in_between_is_not_seen(strategy):
+    tx = mo.inject_meta_hyperparams(optax.sgd, strategy(update_frequency=4))(0.1)
+    state = tx.init(PARAMS)
+    for value in (1.0, jnp.nan, jnp.inf, 1.0, jnp.nan):
+        _, state = tx.update(PARAMS, state, PARAMS, value=value)
+    assert int(state.nonfinite_count) == 1
+
+
+def test_warmup_moves_on_steps_in_between_that_are_not_finite():
+    strategy = mo.advanced_plateau(warmup_steps=4, update_frequency=4)
+    tx = mo.inject_meta_hyperparams(optax.sgd, strategy)(0.1)
+    rates = _run(tx, {"value": jnp.array([1.0, jnp.nan, jnp.nan, jnp.nan])})["learning_rate"]
+    np.testing.assert_allclose(rates, [0.025, 0.05, 0.075, 0.1], rtol=1e-6)
+
+
 def test_nonfinite_loss_is_not_a_bad_step():
     values = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf, jnp.nan, 0.9])
     tx = mo.inject_meta_hyperparams(optax.sgd, mo.plateau(patience=2))(learning_rate=0.1)

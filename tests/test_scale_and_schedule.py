@@ -78,6 +78,32 @@ class TestScale:
         with pytest.raises(ValueError, match="no parameters labelled 'gate'"):
             mo.scale_by_expert_gate(labels).init(params())
 
+    def test_a_label_over_nothing(self):
+        p = {"router": jnp.ones(2), "experts": {}}
+        with pytest.raises(ValueError, match="no parameters labelled 'expert'"):
+            mo.scale_by_expert_gate({"router": "gate", "experts": "expert"}).init(p)
+
+    def test_labels_of_another_tree(self):
+        labels = {**LABELS, "ghost": "dense"}
+        with pytest.raises(ValueError, match="labels that do not fit the params"):
+            mo.scale_by_expert_gate(labels).init(params())
+
+    def test_a_balance_bias_is_left_alone(self):
+        labels = {"router": "gate", "experts": "expert", "dense": "balance_bias"}
+        tx = mo.scale_by_meta(mo.chain(mo.plateau(patience=1), mo.expert_gate()), labels)
+        p = params()
+        state = tx.init(p)
+        for _ in range(3):
+            updates, state = tx.update(p, state, p, **row())
+        np.testing.assert_array_equal(updates["dense"], p["dense"])
+        np.testing.assert_allclose(updates["experts"], p["experts"] / 4, rtol=1e-6)
+
+    def test_two_in_one_chain_report_what_each_controls(self):
+        tx = optax.chain(mo.scale_by_plateau(), mo.scale_by_expert_gate(LABELS))
+        read = mo.read_hyperparams(tx.init(params()))
+        assert read["learning_rate_scale"] == 1.0
+        assert read["gate_learning_rate_scale"] == pytest.approx(0.1)
+
     def test_something_else_than_a_rate(self):
         warm = custom()._replace(apply=lambda s, h: {**h, "warmth": jnp.ones([])})
         with pytest.raises(ValueError, match=r"custom sets \['warmth'\]"):
@@ -147,6 +173,16 @@ class TestSchedule:
     def test_hyperparameter_that_it_does_not_control(self):
         with pytest.raises(ValueError, match=r"expert_gate does not control 'learning_rate'"):
             mo.as_schedule(mo.expert_gate(), 0.1)
+
+    def test_dry_run(self):
+        schedule = mo.as_schedule(mo.log_only(mo.plateau(patience=1)), 0.1)
+        state = schedule.init()
+        for _ in range(3):
+            state = schedule.update(state, value=1.0)
+        assert float(state.last) == pytest.approx(0.1)
+        for name in ("gate_learning_rate",):
+            with pytest.raises(ValueError, match="does not control"):
+                mo.as_schedule(mo.log_only(mo.expert_gate()), 0.1, hyperparam=name)
 
     @pytest.mark.parametrize("base", [float("nan"), -0.1, None])
     def test_base_out_of_range(self, base):
