@@ -97,7 +97,7 @@ def compile_step(arm: Arm, params: Any, metrics: dict[str, jax.Array]) -> Compil
     leaves = jax.tree.leaves(state)
     return Compiled(
         step=compiled,
-        bytes_accessed=compiled.cost_analysis()["bytes accessed"],
+        bytes_accessed=(compiled.cost_analysis() or {})["bytes accessed"],
         compile_seconds=time.perf_counter() - start,
         state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
     )

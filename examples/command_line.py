@@ -9,9 +9,10 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Self
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -139,11 +140,16 @@ class StopRequest:
         """Starts without a request."""
         self.exit_code = 0
 
-    def install(self) -> None:
+    def __enter__(self) -> Self:
         """Takes over Ctrl-C; a second one ends the process at once."""
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # A path may hold any bytes.
-        signal.signal(signal.SIGINT, self._on_interrupt)
+        self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives Ctrl-C back."""
+        signal.signal(signal.SIGINT, self._previous)
 
     def _on_interrupt(self, *_: object) -> None:
         self.request(EXIT_INTERRUPTED)
@@ -169,17 +175,19 @@ class StopRequest:
 
 
 def _leave_now(*_: object) -> NoReturn:
+    if sys.stdout is not None and sys.stdout.isatty():
+        # The live display hides the cursor. Written past `sys.stdout`, which may be in use.
+        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
     os._exit(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager
 def interruptible_imports() -> Iterator[None]:
     """Lets Ctrl-C during the seconds that imports take end the process without a traceback."""
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.default_int_handler:  # A program that imports us has its own way.
+    if threading.current_thread() is not threading.main_thread():  # Signals are not its business.
         yield
         return
-    signal.signal(signal.SIGINT, _leave_now)
+    previous = signal.signal(signal.SIGINT, _leave_now)
     try:
         yield
     finally:

@@ -31,6 +31,9 @@ def draw_loss(axes: Axes, records: Records) -> None:
     steps = column(records, "step")
     axes.plot(steps, column(records, "loss"), color=GREY, lw=0.8, label="one batch")
     axes.plot(steps, column(records, "smoothed_loss"), color=BLUE, lw=1.8, label="smoothed")
+    # The first steps would flatten all that follows on a linear axis.
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set(title="Loss", ylabel="nats per byte")
     axes.legend(loc="upper right")
 

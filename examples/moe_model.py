@@ -26,12 +26,12 @@ class ModelConfig(NamedTuple):
     """The sizes of a model; the defaults train within minutes on two cores."""
 
     length: int = 128
-    width: int = 128
-    heads: int = 4
+    width: int = 64
+    heads: int = 2
     layers: int = 3
     experts: int = 8
     selected: int = 2
-    expert_width: int = 256
+    expert_width: int = 128
     block: int = 128
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-Describe = Callable[[dict[str, Any]], dict[str, str]]
+Describe = Callable[[dict[str, Any]], Sequence[str]]
 
 PLAIN_SECONDS = 2.0  # Plain lines come no faster than this: they are read later, all at once.
 
@@ -103,7 +103,8 @@ class Monitor:
 
     def __exit__(self, *_: object) -> None:
         """Leaves the last state of the display standing."""
-        self._progress.update(self._task, description="finished")
+        word = "finished" if self._progress.finished else "ended"
+        self._progress.update(self._task, description=word)
         if self._live:
             self._live.stop()
 
@@ -119,17 +120,16 @@ class Monitor:
         self._progress.start_task(self._task)
         self._progress.update(self._task, description="training")
 
-    def show(self, done: int, values: Mapping[str, str]) -> None:
-        """Shows how many steps are done, and the latest values."""
+    def show(self, done: int, lines: Sequence[str]) -> None:
+        """Shows how many steps are done, and lines with the latest values."""
         self._progress.update(self._task, completed=done)
-        text = "  ".join(f"{name} {value}" for name, value in values.items())
-        self._values = Text(text)
+        self._values = Text("\n".join(lines))
         now = time.monotonic()
         due = now - self._last_line >= PLAIN_SECONDS or done == self.total
         if self._live is None and due:
             self._last_line = now
             left = format_duration((now - self._started) * (self.total - done) / done)
-            self._stop.say(f"{done}/{self.total}  {text}  {left} left")
+            self._stop.say("  ".join((f"{done}/{self.total}", *lines, f"{left} left")))
 
 
 class Recorder:
