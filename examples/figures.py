@@ -8,6 +8,8 @@ import numpy as np
 from command_line import writing
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 Records = Sequence[dict[str, Any]]
 
@@ -26,41 +28,45 @@ def column(records: Records, name: str) -> np.ndarray:
     return np.asarray([record[name] for record in records], float)
 
 
+def draw_line(axes: Axes, records: Records, name: str, **style: Any) -> Line2D:
+    """Draws one logged quantity over the steps; a lone record as a point, or it would not show."""
+    marker = "o" if len(records) == 1 else ""
+    (line,) = axes.plot(column(records, "step"), column(records, name), marker=marker, **style)
+    return line
+
+
 def draw_loss(axes: Axes, records: Records) -> None:
     """Draws the loss of each logged batch, and the smoothed one that the controller was shown."""
-    steps = column(records, "step")
-    axes.plot(steps, column(records, "loss"), color=GREY, lw=0.8, label="one batch")
-    axes.plot(steps, column(records, "smoothed_loss"), color=BLUE, lw=1.8, label="smoothed")
+    draw_line(axes, records, "loss", color=GREY, lw=0.8, label="one batch")
+    draw_line(axes, records, "smoothed_loss", color=BLUE, lw=1.8, label="smoothed")
     # The first steps would flatten all that follows on a linear axis.
-    axes.set_yscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set(title="Loss", ylabel="nats per byte")
     axes.legend(loc="upper right")
 
 
 def draw_rates(axes: Axes, records: Records) -> None:
     """Draws the learning rate of every group on a logarithmic axis."""
-    steps = column(records, "step")
     widths = (4.0, 1.8, 1.8)  # Groups may share a rate: the wider line stays visible beneath.
     for (group, (name, color)), width in zip(RATES.items(), widths, strict=True):
-        axes.plot(steps, column(records, name), color=color, lw=width, label=group)
+        draw_line(axes, records, name, color=color, lw=width, label=group)
     axes.set(title="Learning rate by group", yscale="log")
     axes.legend(loc="best")
 
 
 def draw_gate(axes: Axes, records: Records) -> None:
     """Draws gate entropy, and on a second axis the share of decided tokens."""
-    steps = column(records, "step")
     experts = len(records[0]["expert_usage"])
-    (entropy,) = axes.plot(
-        steps, column(records, "gate_entropy"), color=BLUE, lw=1.8, label="entropy (left)"
-    )
+    entropy = draw_line(axes, records, "gate_entropy", color=BLUE, lw=1.8, label="entropy (left)")
     # A quarter of headroom over what is possible, so that no line ever runs behind the legend.
     axes.set(title="Router", ylabel="entropy, nats", ylim=(0, 1.25 * np.log(experts)))
     axes.yaxis.label.set_color(BLUE)
     right = axes.twinx()
-    (sparsity,) = right.plot(
-        steps, column(records, "gate_sparsity"), color=RED, lw=1.8, label="sparsity (right)"
+    sparsity = draw_line(
+        right, records, "gate_sparsity", color=RED, lw=1.8, label="sparsity (right)"
     )
     right.set(ylabel="share of tokens with top p > 0.5", ylim=(0, 1.25))
     right.yaxis.label.set_color(RED)

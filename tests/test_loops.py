@@ -13,7 +13,7 @@ import meta_optax as mo
 
 
 def test_nnx_optimizer_forwards_the_metrics():
-    nnx = pytest.importorskip("flax.nnx")
+    nnx = pytest.importorskip("flax.nnx", exc_type=Exception)
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     tx = mo.inject_meta_hyperparams(optax.adamw, mo.plateau(patience=1))(learning_rate=0.1)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
