@@ -150,12 +150,15 @@ def read_decisions(opt_state: Any) -> list[Decision]:
     Raises:
       ValueError: if there is no log in the state, or if it is batched (by `jax.vmap`).
     """
-    is_log = lambda node: isinstance(node, DecisionLog)  # noqa: E731
-    logs = [node for node in jax.tree.leaves(opt_state, is_leaf=is_log) if is_log(node)]
+    logs = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_log) if _is_log(node)]
     if not logs:
         raise ValueError("The state holds no log: wrap the strategy in with_decisions(...).")
     decisions = [entry for log in jax.device_get(logs) for entry in _entries(log)]
     return sorted(decisions, key=lambda decision: decision.step)
+
+
+def _is_log(node: Any) -> bool:
+    return isinstance(node, DecisionLog)
 
 
 def format_decisions(decisions: Iterable[Decision]) -> str:

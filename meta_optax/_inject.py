@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -138,7 +139,8 @@ def inject_meta_hyperparams(
 
         def inner(used: Hyperparams) -> optax.GradientTransformationExtraArgs:
             # A new set of arguments: values of one trace must not outlive it.
-            bound = inspect.BoundArguments(signature, {**arguments.bound.arguments, **used})  # pyright: ignore[reportArgumentType]
+            values = OrderedDict(arguments.bound.arguments) | used
+            bound = inspect.BoundArguments(signature, values)
             return inject(*bound.args, **bound.kwargs)
 
         def base_values(state: InjectMetaHyperparamsState, extra_args: Any) -> Hyperparams:
@@ -291,8 +293,8 @@ def _strong(signature: inspect.Signature, name: str, value: Any, *, is_controlle
         raise ValueError(f"The hyperparameter {name!r} must be a number, got {value!r}.")
     # An integer stays one where the factory has an integer, or nothing, for its default: a seed or
     # a number of steps. A rate of 1 is a rate.
-    own, plain = (signature.parameters.get(key) for key in (name, plain_name(name)))
-    default = (plain or own).default  # pyright: ignore[reportOptionalMemberAccess]
+    parameters = signature.parameters
+    default = (parameters.get(plain_name(name)) or parameters[name]).default
     allowed = default is None or (isinstance(default, int) and not isinstance(default, bool))
     is_integer = jnp.issubdtype(jnp.result_type(value), jnp.integer)
     keeps = is_integer and allowed and not is_controlled

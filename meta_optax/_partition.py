@@ -80,7 +80,7 @@ def moe_partition(
         return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
     factory.__name__ = f"moe_partition({getattr(inner_factory, '__name__', 'factory')})"
-    factory.__signature__ = signature  # type: ignore[attr-defined]
+    factory.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     return factory
 
 

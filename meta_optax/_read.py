@@ -51,9 +51,10 @@ def read_hyperparams(opt_state: Any) -> dict[str, float]:
             value = _only_leaf(leaf)
             if value.ndim:
                 raise ValueError(f"{name!r} has shape {value.shape}: read one of the states.")
-            if merged.setdefault(name, value.item()) != value.item():
+            number = value.tolist()
+            if merged.setdefault(name, number) != number:
                 raise ValueError(
-                    f"{name!r} stands in the state twice, as {merged[name]} and {value.item()}: "
+                    f"{name!r} stands in the state twice, as {merged[name]} and {number}: "
                     "read the part of the state that you mean."
                 )
     return merged
