@@ -80,6 +80,7 @@ def moe_partition(
         return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
     factory.__name__ = f"moe_partition({getattr(inner_factory, '__name__', 'factory')})"
+    # `inspect.signature`, and so Optax, reads this attribute; pyright does not know it.
     factory.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     return factory
 

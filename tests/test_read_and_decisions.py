@@ -253,10 +253,12 @@ class TestDecisions:
                 mo.with_decisions(mo.plateau(patience=1)), mo.with_decisions(mo.expert_gate())
             ),
         )(learning_rate=1.0)
-        got = mo.read_decisions(_run(tx, [row(1), row(1)]))
+        got = mo.read_decisions(_run(tx, [row(1), row(1), row(2, value=0.5)]))
         assert [(d.step, d.hyperparam, d.old, d.new) for d in got] == [
             (0, "gate_learning_rate", pytest.approx(0.1), pytest.approx(0.05)),
             (1, "learning_rate", 1.0, 0.5),
+            # The second strategy starts from what the first one makes of the base.
+            (2, "gate_learning_rate", pytest.approx(0.025), pytest.approx(0.05)),
         ]
 
     def test_acts_as_without_the_log(self):
