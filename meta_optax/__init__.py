@@ -18,6 +18,13 @@ from meta_optax._scale import (
     scale_by_smart_expert_gate,
 )
 from meta_optax._schedule import MetaScheduleState, as_schedule
+from meta_optax.moe._adapters import (
+    router_metrics_from_collection,
+    router_metrics_from_counts,
+    router_metrics_from_logits,
+)
+from meta_optax.moe._labels import explain_labels, label_moe_params
+from meta_optax.moe._router_metrics import router_metrics
 
 __all__ = [
     "Decision",
@@ -31,14 +38,20 @@ __all__ = [
     "chain",
     "every",
     "expert_gate",
+    "explain_labels",
     "format_decisions",
     "inject_meta_hyperparams",
+    "label_moe_params",
     "log_only",
     "moe_partition",
     "plateau",
     "read_decisions",
     "read_hyperparams",
     "reset",
+    "router_metrics",
+    "router_metrics_from_collection",
+    "router_metrics_from_counts",
+    "router_metrics_from_logits",
     "scale_by_advanced_plateau",
     "scale_by_expert_gate",
     "scale_by_meta",

@@ -35,7 +35,7 @@ def group_fn(labels: Labels) -> Callable[[PyTree], PyTree]:
 
     def groups(tree: PyTree) -> PyTree:
         labelled = labels if is_tree or not callable(labels) else labels(tree)
-        return jax.tree.map(_group, labelled)
+        return jax.tree_util.tree_map_with_path(_group, labelled)
 
     return groups
 
@@ -62,7 +62,10 @@ def check_groups(caller: str, groups: PyTree, params: PyTree, wanted: tuple[str,
         )
 
 
-def _group(label: Any) -> str:
+def _group(path: tuple[Any, ...], label: Any) -> str:
     if label not in GROUP_OF_LABEL:
-        raise ValueError(f"The label {label!r} is unknown: labels are {sorted(GROUP_OF_LABEL)}.")
+        raise ValueError(
+            f"The label {label!r} at {jax.tree_util.keystr(path)!r} is unknown: no optimizer "
+            f"serves it. Labels are {sorted(GROUP_OF_LABEL)}."
+        )
     return GROUP_OF_LABEL[label]

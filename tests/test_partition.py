@@ -111,7 +111,7 @@ def test_a_label_without_parameters(lost):
 
 def test_an_unknown_label():
     labels = {**LABELS, "dense": "attention"}
-    with pytest.raises(ValueError, match=r"'attention' is unknown.*balance_bias"):
+    with pytest.raises(ValueError, match=r"'attention' at .*'dense'.* is unknown.*balance_bias"):
         mo.moe_partition(optax.sgd, labels)(1.0).init(params())
 
 
