@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Self
 
@@ -30,12 +30,13 @@ class EndedEarly(Exception):
 
 
 class Arguments(NamedTuple):
-    """The options of an example."""
+    """The options of an example; `switches` are those of its own that are on."""
 
     steps: int
     seed: int
     out: Path
     plain: bool
+    switches: frozenset[str] = frozenset()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,7 +65,12 @@ def whole_number(lowest: int):
 
 
 def parse_arguments(
-    description: str, *, steps: int, out: str, argv: Sequence[str] | None = None
+    description: str,
+    *,
+    steps: int,
+    out: str,
+    switches: Mapping[str, str] | None = None,
+    argv: Sequence[str] | None = None,
 ) -> Arguments:
     """Parses the command line; a mistake ends the program with one line on stderr.
 
@@ -72,6 +78,7 @@ def parse_arguments(
         description: the text of `--help`, printed as it is.
         steps: the default of `--steps`.
         out: the default of `--out`.
+        switches: options without a value that only this example has, and what they do.
         argv: the arguments; the process' own by default.
 
     Returns:
@@ -87,7 +94,12 @@ def parse_arguments(
     add("--seed", type=whole_number(0), default=0, help="of weights and data order (default: 0)")
     add("--out", type=Path, default=Path(out), help=f"folder for the files (default: {out})")
     add("--plain", action="store_true", help="lines instead of a live bar, for logs")
-    return Arguments(**vars(parser.parse_args(argv)))
+    own = switches or {}
+    for name, meaning in own.items():
+        add(f"--{name}", action="store_true", help=meaning)
+    values = vars(parser.parse_args(argv))
+    on = frozenset(name for name in own if values.pop(name))
+    return Arguments(**values, switches=on)
 
 
 def prepare_folder(out: Path, names: Sequence[str]) -> dict[str, Path]:
@@ -192,6 +204,33 @@ def interruptible_imports() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def run_example(
+    arguments: Arguments,
+    files: Sequence[str],
+    body: Callable[[Arguments, dict[str, Path], StopRequest], None],
+) -> int:
+    """Runs what an example is for, or as much of it as there is time for.
+
+    Args:
+        arguments: the options.
+        files: the names of the files that it writes.
+        body: does it, given the options, the files' paths by name, and what may ask for the end.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        paths = prepare_folder(arguments.out, files)
+        with StopRequest() as stop:
+            try:
+                body(arguments, paths, stop)
+            except EndedEarly as ended:
+                stop.say(str(ended))
+            return stop.exit_code
+    except UserError as error:
+        return fail(error)
 
 
 def fail(error: Exception) -> int:

@@ -1,4 +1,4 @@
-"""A byte-level mixture-of-experts transformer in Flax NNX, and the statistics of its routers.
+"""A byte-level mixture-of-experts transformer in Flax NNX, and who serves what in it.
 
 Routing is exact: every token reaches both experts that its router chose, and none is dropped,
 whatever the load; so no token's output hangs on the tokens after it. Choices are put into blocks of
@@ -11,13 +11,12 @@ backward of one layer, timed on two CPU cores (6,144 tokens, width 128, 8 expert
     these blocks of 128, nothing dropped        67 ms
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 BYTES = 256
 
@@ -187,26 +186,6 @@ class MoeTransformer(nnx.Module):
         return self.unembed(self.final_norm(x)), stacked
 
 
-def label_params(tree: PyTree) -> PyTree:
-    """Labels every leaf of this model's params, or of their updates, by its group.
-
-    Args:
-        tree: NNX state, or anything with its paths; leaves may be Optax's placeholders.
-
-    Returns:
-        The same structure with "gate", "expert" or "dense" at the leaves.
-    """
-
-    def label(path: tuple[Any, ...], _: Any) -> str:
-        # Only whole names are compared, so it does not matter whether NNX ends a path in `.value`.
-        names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
-        return "gate" if "router" in names else "expert" if "experts" in names else "dense"
-
-    return jax.tree_util.tree_map_with_path(
-        label, tree, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode)
-    )
-
-
 def balance_loss(routing: Routing) -> Float[Array, ""]:
     """Returns the Switch balance loss, E * sum(f * P), averaged over layers.
 
@@ -218,31 +197,22 @@ def balance_loss(routing: Routing) -> Float[Array, ""]:
     return experts * jnp.mean(jnp.sum(share * routing.probs.mean(axis=1), axis=-1))
 
 
-def router_statistics(
-    routing: Routing, corpus: Int[Array, " batch"], corpora: int
-) -> dict[str, Array]:
-    """Measures what the routers do, from their probabilities over all experts.
+def usage_by_kind(
+    routing: Routing, kind: Int[Array, " batch"], kinds: int
+) -> Float[Array, "layers kinds experts"]:
+    """Measures which experts serve which kind of rows.
 
     Args:
         routing: the layers' routing, stacked.
-        corpus: the corpus of each row of the batch.
-        corpora: how many corpora there are.
+        kind: the kind of each row of the batch, such as its corpus.
+        kinds: how many kinds there are.
 
     Returns:
-        `gate_entropy` (nats), `gate_sparsity` (share of tokens whose top probability is above
-        0.5) and `expert_usage` [E] (shares of the selected slots), all means over the layers, and
-        `corpus_usage` [L, C, E], the shares within each corpus; of a corpus without rows, zeros.
+        Each expert's share of the slots selected within each kind; of a kind without rows, zeros.
     """
-    probs, selected = routing
-    layers, _, experts = probs.shape
-    entropy = jax.scipy.special.entr(probs).sum(axis=-1)
-    used = jax.nn.one_hot(selected, experts).mean(axis=2).reshape(layers, len(corpus), -1, experts)
-    by_row = used.mean(axis=2)
-    rows = jax.nn.one_hot(corpus, corpora)
-    by_corpus = jnp.einsum("lbe,bc->lce", by_row, rows) / jnp.maximum(rows.sum(axis=0), 1)[:, None]
-    return {
-        "gate_entropy": entropy.mean(),
-        "gate_sparsity": (probs.max(axis=-1) > 0.5).mean(),
-        "expert_usage": by_row.mean(axis=(0, 1)),
-        "corpus_usage": by_corpus,
-    }
+    layers, _, experts = routing.probs.shape
+    used = jax.nn.one_hot(routing.selected, experts).mean(axis=2)
+    by_row = used.reshape(layers, len(kind), -1, experts).mean(axis=2)
+    rows = jax.nn.one_hot(kind, kinds)
+    counts = jnp.maximum(rows.sum(axis=0), 1)
+    return jnp.einsum("lbe,bc->lce", by_row, rows) / counts[:, None]

@@ -139,11 +139,19 @@ class Recorder:
     """
 
     def __init__(
-        self, log: JsonLines, monitor: Monitor, tokens_per_step: int, describe: Describe
+        self, log: JsonLines, monitor: Monitor, unit: str, units_per_step: int, describe: Describe
     ) -> None:
-        """Starts with nothing kept; `describe` says what to show of a record."""
+        """Starts with nothing kept.
+
+        Args:
+            log: where records go.
+            monitor: where they are shown.
+            unit: what speed is counted in, such as "tokens"; logged as `tokens_per_second`.
+            units_per_step: how many of them a step sees.
+            describe: says what to show of a record.
+        """
         self._log, self._monitor, self._describe = log, monitor, describe
-        self._tokens_per_step = tokens_per_step
+        self._speed_name, self._units_per_step = f"{unit}_per_second", units_per_step
         self._kept: tuple[int, Mapping[str, jax.Array]] | None = None
         self._fetched: tuple[int, float] | None = None
 
@@ -159,15 +167,15 @@ class Recorder:
         values = jax.device_get(metrics)
         # Single numbers first: a person who reads the log looks for those.
         by_rank = dict(sorted(values.items(), key=lambda item: np.ndim(item[1])))
-        record = {"step": step, "tokens_per_second": self._speed(step), **by_rank}
+        record = {"step": step, self._speed_name: self._speed(step), **by_rank}
         self._log.write(record)
         self._monitor.show(step + 1, self._describe(record))
 
     def _speed(self, step: int) -> float | None:
-        """Returns the tokens per second since the last fetch; nothing is known at the first."""
+        """Returns the units per second since the last fetch; nothing is known at the first."""
         now, last = time.perf_counter(), self._fetched
         self._fetched = step, now
-        return last and (step - last[0]) * self._tokens_per_step / (now - last[1])
+        return last and (step - last[0]) * self._units_per_step / (now - last[1])
 
 
 def format_duration(seconds: float) -> str:

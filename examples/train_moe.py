@@ -16,12 +16,12 @@ versions carry other texts. Ctrl-C ends a run early, and writes its files.
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import command_line
-from command_line import Arguments, EndedEarly, StopRequest, UserError
+from command_line import Arguments, StopRequest
 
 with command_line.interruptible_imports():
     import jax
@@ -36,7 +36,7 @@ with command_line.interruptible_imports():
         training_batches,
         unigram_bits,
     )
-    from figures import draw_run
+    from figures import draw_gate, draw_loss, draw_rates, draw_run, draw_usage
     from flax import nnx
     from jaxtyping import Array, Float, PyTree
     from moe_model import (
@@ -44,11 +44,11 @@ with command_line.interruptible_imports():
         ModelConfig,
         MoeTransformer,
         balance_loss,
-        label_params,
-        router_statistics,
+        usage_by_kind,
     )
     from monitor import JsonLines, Monitor, Recorder, write_json
-    from report import Evaluation, Outcome, say_results, summarise
+    from report import Outcome, Records, format_usage, say_decisions, summarise
+    from training import describe_rates, describe_speed, set_up, train
 
     import meta_optax as mo
 
@@ -58,25 +58,10 @@ FILES = ("log.jsonl", "train_moe.png", "summary.json")
 BATCH_SIZE = 18  # Six rows of each corpus.
 HELD_OUT_CHUNKS = 360  # Of each corpus; a multiple of the batch size, so that all are used.
 BALANCE_WEIGHT = 0.01
-LOG_EVERY = 10
 CONTROL_EVERY = 10
-# The controller is shown a mean over about fifty steps. A single batch's loss scatters by 0.1, more
-# than a hundred steps gain, so its "best" would be a lucky batch and patience would run out.
-SMOOTHING = 0.98
 
 LEARNING_RATE = 6e-3
 WEIGHT_DECAY = 0.01
-
-
-class TrainState(NamedTuple):
-    """All that a step reads and writes; its buffers are donated to the next one."""
-
-    params: PyTree
-    opt_state: optax.OptState
-    smoothed_loss: Float[Array, ""]
-
-
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def make_optimizer() -> optax.GradientTransformationExtraArgs:
@@ -93,7 +78,7 @@ def make_optimizer() -> optax.GradientTransformationExtraArgs:
     gate = mo.smart_expert_gate(gate_lr_factor=0.5, update_frequency=CONTROL_EVERY)
     strategy = mo.chain(plateau, gate)
     controlled = mo.inject_meta_hyperparams(
-        mo.moe_partition(optax.adamw, label_params),
+        mo.moe_partition(optax.adamw, mo.label_moe_params),
         mo.with_decisions(strategy, capacity=512),
     )
     return controlled(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -107,74 +92,42 @@ def loss_and_statistics(
     logits, routing = nnx.merge(graphdef, params)(tokens[:, :-1])
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     balance = balance_loss(routing)
-    statistics = router_statistics(routing, jnp.asarray(batch["corpus"]), len(CORPORA))
     loss = losses.mean()
-    return loss + BALANCE_WEIGHT * balance, {"loss": loss, "balance_loss": balance, **statistics}
-
-
-def train_step(
-    graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformationExtraArgs,
-    state: TrainState,
-    batch: Batch,
-) -> tuple[TrainState, dict[str, Array]]:
-    """Makes one update, and shows the controller what it did to loss and routers."""
-    differentiate = jax.grad(loss_and_statistics, argnums=1, has_aux=True)
-    grads, metrics = differentiate(graphdef, state.params, batch)
-    smoothed = SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * metrics["loss"]
-    updates, opt_state = tx.update(
-        grads,
-        state.opt_state,
-        state.params,
-        value=smoothed,
-        gate_entropy=metrics["gate_entropy"],
-        gate_sparsity=metrics["gate_sparsity"],
-        expert_usage=metrics["expert_usage"],
-    )
-    params = optax.apply_updates(state.params, updates)
-    rates = {
-        name: value
-        for name, value in optax.tree.get(opt_state, "hyperparams").items()
-        if name.endswith(("learning_rate", "weight_decay"))
+    return loss + BALANCE_WEIGHT * balance, {
+        "loss": loss,
+        "balance_loss": balance,
+        "corpus_usage": usage_by_kind(routing, jnp.asarray(batch["corpus"]), len(CORPORA)),
+        **mo.router_metrics(*routing),
     }
-    return TrainState(params, opt_state, smoothed), {**metrics, **rates, "smoothed_loss": smoothed}
+
+
+class Evaluation(NamedTuple):
+    """What a model is worth on data it never saw.
+
+    Attributes:
+        bits: bits per byte by corpus, with "overall" first.
+        usage: shares of each corpus' selected slots, [layers, corpora, experts].
+    """
+
+    bits: dict[str, float]
+    usage: np.ndarray
+
+
+class Result(NamedTuple):
+    """All that the report is made of; there is no evaluation of a run that was ended on request."""
+
+    outcome: Outcome
+    evaluation: Evaluation | None
+    baseline: dict[str, float]
 
 
 def describe(record: dict[str, Any]) -> tuple[str, str]:
     """Returns what a person wants to see of a record while waiting, in two lines."""
-    speed = record["tokens_per_second"]
-    groups = {"dense": "", "gate": "gate_", "expert": "expert_"}
-    rates = (f"{group} {record[f'{form}learning_rate']:.1e}" for group, form in groups.items())
     return (
         f"loss {record['loss']:.3f}  gate entropy {record['gate_entropy']:.2f}  "
-        f"{f'{speed:,.0f}' if speed else '-'} tokens/s",
-        "rates: " + "  ".join(rates),
+        + describe_speed(record["tokens_per_second"], "tokens"),
+        describe_rates(record),
     )
-
-
-def train(
-    step_fn: TrainStep,
-    state: TrainState,
-    batches: Iterator[Batch],
-    steps: int,
-    recorder: Recorder,
-    stop: StopRequest,
-) -> tuple[TrainState, int]:
-    """Runs the steps, or as many as there are until the end is asked for.
-
-    Returns:
-        The last state, and how many steps were made.
-    """
-    done, is_last = 0, False
-    while not is_last:
-        state, metrics = step_fn(state, next(batches))
-        recorder.flush()
-        is_last = done == steps - 1 or bool(stop.exit_code)
-        if is_last or done % LOG_EVERY == 0:
-            recorder.keep(done, metrics)
-        done += 1
-    recorder.flush()
-    return state, done
 
 
 def evaluate(
@@ -195,34 +148,7 @@ def evaluate(
     return Evaluation(bits, np.sum(usage, axis=0) * len(CORPORA) / len(batches))
 
 
-class Setup(NamedTuple):
-    """What training starts from."""
-
-    graphdef: nnx.GraphDef
-    state: TrainState
-    step_fn: TrainStep
-    compile_seconds: float
-
-
-def set_up(
-    config: ModelConfig, seed: int, example: Batch, monitor: Monitor, stop: StopRequest
-) -> Setup:
-    """Builds model and optimizer, and compiles the step for batches like the example."""
-    tx = make_optimizer()
-    graphdef, params = nnx.split(MoeTransformer(config, nnx.Rngs(seed)), nnx.Param)
-    # The loss of guessing is where the smoothed one starts, so it needs no correction.
-    state = TrainState(params, tx.init(params), jnp.log(jnp.float32(BYTES)))
-    monitor.announce("compiling the step")
-    stop.check()
-    begin = time.perf_counter()
-    jitted = jax.jit(functools.partial(train_step, graphdef, tx), donate_argnums=0)
-    # Compiled ahead of time: another shape or dtype is an error then, not a second compile.
-    step_fn = jitted.lower(state, example).compile()
-    stop.check()
-    return Setup(graphdef, state, step_fn, time.perf_counter() - begin)
-
-
-def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Outcome:
+def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Result:
     """Trains and evaluates under a live display."""
     config = ModelConfig()
     with Monitor(arguments.steps, stop, plain=arguments.plain) as monitor:
@@ -230,56 +156,103 @@ def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Outcome:
         splits = load_corpora(config.length, HELD_OUT_CHUNKS)
         held_out = held_out_batches(splits, BATCH_SIZE)
         batches = training_batches(splits, BATCH_SIZE, arguments.seed)
-        setup = set_up(config, arguments.seed, held_out[0], monitor, stop)
-        recorder = Recorder(log, monitor, BATCH_SIZE * config.length, describe)
+        setup = set_up(
+            MoeTransformer(config, nnx.Rngs(arguments.seed)),
+            loss_and_statistics,
+            make_optimizer(),
+            guesses=BYTES,
+            example=held_out[0],
+            monitor=monitor,
+            stop=stop,
+        )
+        recorder = Recorder(log, monitor, "tokens", BATCH_SIZE * config.length, describe)
         monitor.start()
         begin = time.perf_counter()
         state, done = train(setup.step_fn, setup.state, batches, arguments.steps, recorder, stop)
         train_seconds = time.perf_counter() - begin
         monitor.announce("evaluating on held-out bytes")
         evaluation = evaluate(setup.graphdef, state.params, held_out, stop)
-    return Outcome(
+    outcome = Outcome(
         steps=done,
         compile_seconds=setup.compile_seconds,
         train_seconds=train_seconds,
+        params=state.params,
         opt_state=state.opt_state,
-        evaluation=evaluation,
-        baseline=unigram_bits(splits),
     )
+    return Result(outcome, evaluation, unigram_bits(splits))
+
+
+def usage_of(result: Result, records: Records) -> tuple[np.ndarray, str]:
+    """Returns who serves which corpus [layers, corpora, experts], and by which bytes' account."""
+    if result.evaluation:
+        return result.evaluation.usage, "held-out bytes"
+    last = [record["corpus_usage"] for record in records[-10:]]
+    return np.mean(last, axis=0), "the last logged training batches"
+
+
+def format_bits(bits: Mapping[str, float], baseline: Mapping[str, float]) -> str:
+    """Returns a table of bits per byte beside a baseline, a row per corpus.
+
+    Args:
+        bits: what the model reached, by corpus, with "overall" among them.
+        baseline: the same of byte frequencies alone.
+    """
+    lines = [f"{'':<10}{'this model':>12}{'byte frequencies':>18}"]
+    lines += [f"{name:<10}{bits[name]:>12.3f}{baseline[name]:>18.3f}" for name in bits]
+    return "\n".join(lines)
+
+
+def say_results(result: Result, records: Records, stop: StopRequest) -> None:
+    """Prints what was reached, who serves what, and what the controller did."""
+    if result.evaluation:
+        stop.say("\nBits per held-out byte (lower is better)")
+        stop.say(format_bits(result.evaluation.bits, result.baseline))
+    else:
+        stop.say(f"\nEnded on request after {result.outcome.steps} steps; nothing was evaluated.")
+    usage, source = usage_of(result, records)
+    stop.say(f"\nWhich expert serves which corpus: shares of {source} (* the strongest)")
+    stop.say(format_usage(usage, CORPORA, "corpus"))
+    say_decisions(result.outcome, stop)
+
+
+def findings(result: Result, records: Records) -> dict[str, Any]:
+    """Returns what the summary says that no other example's does."""
+    usage, source = usage_of(result, records)
+    return {
+        "bits_per_byte": result.evaluation and result.evaluation.bits,
+        "bits_per_byte_of_byte_frequencies": result.baseline,
+        "corpora": CORPORA,
+        "corpus_usage": usage,
+        "corpus_usage_of": source,
+    }
+
+
+def title(result: Result) -> str:
+    """Returns the heading of the picture."""
+    steps = result.outcome.steps
+    if result.evaluation is None:
+        return f"train_moe: ended on request after {steps} steps"
+    return (
+        f"train_moe: {steps} steps, {result.evaluation.bits['overall']:.3f} bits per held-out byte"
+    )
+
+
+def train_and_report(arguments: Arguments, paths: dict[str, Path], stop: StopRequest) -> None:
+    """Does what the example is for."""
+    with JsonLines(paths["log.jsonl"]) as log:
+        result = run(arguments, log, stop)
+    say_results(result, log.records, stop)
+    panels = (functools.partial(draw_loss, unit="nats per byte"), draw_rates, draw_gate, draw_usage)
+    draw_run(log.records, panels, title(result), paths["train_moe.png"])
+    own = findings(result, log.records)
+    write_json(paths["summary.json"], summarise(arguments, result.outcome, own, ("grain",)))
+    stop.say("\nFiles: " + "  ".join(map(str, paths.values())))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
     arguments = command_line.parse_arguments(__doc__ or "", steps=STEPS, out=OUT, argv=argv)
-    try:
-        paths = command_line.prepare_folder(arguments.out, FILES)
-        with StopRequest() as stop:
-            train_and_report(arguments, paths, stop)
-            return stop.exit_code
-    except UserError as error:
-        return command_line.fail(error)
-
-
-def train_and_report(arguments: Arguments, paths: dict[str, Path], stop: StopRequest) -> None:
-    """Does what the example is for, or as much of it as there is time for."""
-    try:
-        with JsonLines(paths["log.jsonl"]) as log:
-            outcome = run(arguments, log, stop)
-    except EndedEarly as ended:
-        stop.say(str(ended))
-        return
-    say_results(outcome, log.records, CORPORA, stop)
-    draw_run(log.records, title(outcome), paths["train_moe.png"])
-    write_json(paths["summary.json"], summarise(arguments, outcome, log.records, CORPORA))
-    stop.say("\nFiles: " + "  ".join(map(str, paths.values())))
-
-
-def title(outcome: Outcome) -> str:
-    """Returns the heading of the picture."""
-    if outcome.evaluation is None:
-        return f"train_moe: ended on request after {outcome.steps} steps"
-    bits = outcome.evaluation.bits["overall"]
-    return f"train_moe: {outcome.steps} steps, {bits:.3f} bits per held-out byte"
+    return command_line.run_example(arguments, FILES, train_and_report)
 
 
 if __name__ == "__main__":

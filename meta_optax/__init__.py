@@ -4,7 +4,7 @@ from meta_optax._advanced_plateau import advanced_plateau
 from meta_optax._combine import bounded, chain, every, log_only
 from meta_optax._core import MetaOptimizer
 from meta_optax._decisions import Decision, format_decisions, read_decisions, with_decisions
-from meta_optax._expert_gate import expert_gate, smart_expert_gate
+from meta_optax._expert_gate import expert_gate
 from meta_optax._inject import InjectMetaHyperparamsState, inject_meta_hyperparams
 from meta_optax._partition import moe_partition
 from meta_optax._plateau import plateau
@@ -18,28 +18,36 @@ from meta_optax._scale import (
     scale_by_smart_expert_gate,
 )
 from meta_optax._schedule import MetaScheduleState, as_schedule
+from meta_optax._smart_expert_gate import smart_expert_gate
 from meta_optax.moe._adapters import (
     router_metrics_from_collection,
     router_metrics_from_counts,
     router_metrics_from_logits,
 )
+from meta_optax.moe._aux_loss import adapt_aux_loss
+from meta_optax.moe._balance import BalanceRouterBiasState, balance_router_bias
+from meta_optax.moe._guard import guard_collapse
 from meta_optax.moe._labels import explain_labels, label_moe_params
 from meta_optax.moe._router_metrics import router_metrics
 
 __all__ = [
+    "BalanceRouterBiasState",
     "Decision",
     "InjectMetaHyperparamsState",
     "MetaOptimizer",
     "MetaScheduleState",
     "ScaleByMetaState",
+    "adapt_aux_loss",
     "advanced_plateau",
     "as_schedule",
+    "balance_router_bias",
     "bounded",
     "chain",
     "every",
     "expert_gate",
     "explain_labels",
     "format_decisions",
+    "guard_collapse",
     "inject_meta_hyperparams",
     "label_moe_params",
     "log_only",

@@ -15,6 +15,7 @@ from meta_optax._core import (
     MetaOptimizer,
     Metrics,
     State,
+    group_name,
     observe_every,
     protect,
 )
@@ -155,7 +156,8 @@ def bounded(meta_optimizer: MetaOptimizer, **bounds: Any) -> MetaOptimizer:
     Args:
       meta_optimizer: the strategy.
       **bounds: for each hyperparameter a pair (lo, hi) with 0 <= lo <= hi; ``math.inf`` is no
-        upper bound. A group's form has a bound of its own (``gate_learning_rate=(0.0, 1e-3)``).
+        upper bound. A group's form has a bound of its own (``gate_learning_rate=(0.0, 1e-3)``),
+        which holds for each layer's part of it, where layers have rates of their own.
 
     Returns:
       A `MetaOptimizer` with the same state.
@@ -176,12 +178,16 @@ def bounded(meta_optimizer: MetaOptimizer, **bounds: Any) -> MetaOptimizer:
     def apply(state: State, hyperparams: Mapping[str, Any]) -> Hyperparams:
         out = meta.apply(state, hyperparams)
         for name, (low, high) in limits.items():
-            if name not in out:
+            # The bounds of a layer's own form go before those of the group's.
+            of_layers = [k for k in out if group_name(k) == name and k not in limits]
+            keys = [name] * (name in out) + of_layers
+            if not keys:
                 raise ValueError(
                     f"bounded has bounds for {name!r}, but {meta.name} leaves the hyperparameters "
                     f"{sorted(out)}: bound one of those."
                 )
-            out[name] = jnp.clip(jnp.asarray(out[name], jnp.float32), low, high)
+            for key in keys:
+                out[key] = jnp.clip(jnp.asarray(out[key], jnp.float32), low, high)
         return out
 
     return meta._replace(name=f"bounded({meta.name})", apply=apply)

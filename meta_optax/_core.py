@@ -1,5 +1,6 @@
 """The core type, `MetaOptimizer`, and what every strategy shares."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,8 +18,14 @@ ObserveFn = Callable[[State, Metrics], State]
 
 # What the base value of a hyperparameter is called among metrics and in states.
 BASE_PREFIX = "base_"
+# The key under which `decision_rules` of a state tells of all hyperparameters not named there.
+ANY_HYPERPARAM = "*"
 # The groups of parameters that have forms of their own of the hyperparameters.
 CONTROLLED_GROUPS = ("gate", "expert")
+# A group's form of a hyperparameter, or that of one layer's part of the group.
+_FORM = re.compile(rf"(?:{'|'.join(CONTROLLED_GROUPS)})_(?:\d+_)?(.+)")
+# What a metric must look like: a number of dimensions, or sizes, None for any.
+Shape = int | tuple[int | None, ...] | None
 # How a caller hands a metric over, where that is not `name=name`.
 _HOW_TO_PASS = {
     "value": "value=loss",
@@ -100,12 +107,12 @@ class MetaOptimizer(_MetaOptimizerFields):
         return super().__new__(cls, name, init, observe, apply, tuple(metrics))
 
 
-def read_metric(strategy: str, metrics: Metrics, name: str, ndim: int | None) -> Array:
-    """The metric ``name`` as float32, of ``ndim`` dimensions unless that is None.
+def read_metric(strategy: str, metrics: Metrics, name: str, shape: Shape) -> Array:
+    """The metric ``name`` as float32, of the shape asked for unless that is None.
 
     Raises:
       TypeError: if it was not passed or is not numeric; the message says what call to write.
-      ValueError: if it has another number of dimensions.
+      ValueError: if it has another shape.
     """
     call = f"tx.update(grads, state, params, {_HOW_TO_PASS.get(name, f'{name}={name}')})"
     if name not in metrics:
@@ -120,12 +127,22 @@ def read_metric(strategy: str, metrics: Metrics, name: str, ndim: int | None) ->
         raise TypeError(
             f"{strategy} needs the metric {name!r} as an array, got {given}. Write {call}."
         ) from error
-    if ndim is not None and value.ndim != ndim:
-        wanted = "a scalar (take its mean first)" if ndim == 0 else f"an array of {ndim} dimension"
+    sizes = (None,) * shape if isinstance(shape, int) else shape
+    if sizes is not None and not (
+        value.ndim == len(sizes)
+        and all(want in (None, got) for want, got in zip(sizes, value.shape, strict=True))
+    ):
+        wanted = "a scalar (take its mean first)" if not sizes else _describe(sizes)
         raise ValueError(
             f"{strategy} needs the metric {name!r} as {wanted}, got shape {value.shape}."
         )
     return value
+
+
+def _describe(sizes: tuple[int | None, ...]) -> str:
+    if sizes == (None,):
+        return "an array of 1 dimension"
+    return f"an array of shape [{', '.join('n' if n is None else str(n) for n in sizes)}]"
 
 
 def read_step(strategy: str, metrics: Metrics) -> Int[Array, ""]:
@@ -140,7 +157,10 @@ def read_step(strategy: str, metrics: Metrics) -> Int[Array, ""]:
 
 
 def hold_nonfinite(
-    strategy: str, needs: Callable[[Metrics], Mapping[str, int | None]], observe: ObserveFn
+    strategy: str,
+    needs: Callable[[Metrics], Mapping[str, Shape]],
+    observe: ObserveFn,
+    accepts: Callable[[State, Metrics], Bool[Array, ""]] | None = None,
 ) -> ObserveFn:
     """Makes ``observe`` leave the state as it was when a needed metric is not finite.
 
@@ -149,8 +169,9 @@ def hold_nonfinite(
 
     Args:
       strategy: the strategy's name, for the errors.
-      needs: what is needed of the metrics at hand: names, and how many dimensions each has.
+      needs: what is needed of the metrics at hand: names, and the shape of each.
       observe: the transition for finite metrics.
+      accepts: whether finite metrics fit the state; those that do not are held and counted too.
 
     Returns:
       The transition for all metrics.
@@ -161,6 +182,8 @@ def hold_nonfinite(
         finite = jnp.array(True)
         for value in needed.values():
             finite &= jnp.all(jnp.isfinite(value))
+        if accepts is not None:
+            finite &= accepts(state, needed)
         held = select(finite, observe(state, {**metrics, **needed}), state)
         count = state.nonfinite_count
         return held._replace(nonfinite_count=jnp.where(finite, count, optax.safe_increment(count)))
@@ -235,10 +258,20 @@ def forms(hyperparams: Mapping[str, Any], name: str) -> list[str]:
     return [key for key in hyperparams if plain_name(key) == name]
 
 
+def group_name(hyperparam: str) -> str:
+    """The name of the group's form where this is that of one layer's part (``gate_3_...``)."""
+    return re.sub(rf"^({'|'.join(CONTROLLED_GROUPS)})_\d+_", r"\1_", hyperparam)
+
+
+def layer_form(group: str, layer: int, hyperparam: str) -> str:
+    """What a hyperparameter is called for the part of a group that is of one layer."""
+    return f"{group}_{layer}_{hyperparam}"
+
+
 def plain_name(hyperparam: str) -> str:
-    """The hyperparameter's name without the prefix of a group."""
-    group, _, plain = hyperparam.partition("_")
-    return plain if group in CONTROLLED_GROUPS else hyperparam
+    """The hyperparameter's name without the prefix of a group, or of a layer's part of one."""
+    form = _FORM.fullmatch(hyperparam)
+    return form.group(1) if form else hyperparam
 
 
 def sees(metrics: Metrics, name: str) -> bool:

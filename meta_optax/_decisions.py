@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from meta_optax import _checks
 from meta_optax._checks import Scalar
 from meta_optax._core import (
+    ANY_HYPERPARAM,
     BASE_PREFIX,
     Hyperparams,
     MetaOptimizer,
@@ -281,8 +282,8 @@ def _candidates(meta: MetaOptimizer, old: State, new: State, metrics: Metrics) -
 def _reason(
     name: str, rules: Mapping[str, tuple[Int[Array, ""], tuple[str, ...]]], hyperparam: str
 ) -> UInt8[Array, " reason_bytes"]:
-    """The text of the rule behind a hyperparameter, or behind the plain one of a group's form."""
-    rule = rules.get(hyperparam) or rules.get(plain_name(hyperparam))
+    """The text of the rule behind a hyperparameter, behind the plain one of its form, or any."""
+    rule = rules.get(hyperparam) or rules.get(plain_name(hyperparam)) or rules.get(ANY_HYPERPARAM)
     index, texts = rule or (jnp.zeros([], jnp.int32), (name,))
     return jnp.asarray(np.stack([_encode(text, _REASON_BYTES) for text in texts]))[index]
 

@@ -1,9 +1,15 @@
 """Groups of parameters: from labels to the optimizers and rates that serve them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from meta_optax._core import CONTROLLED_GROUPS
+from meta_optax.moe._layers import LeafLayers, find_layers
+from meta_optax.moe._paths import Path, leaves_with_paths
 
 PyTree = Any
 Labels = PyTree | Callable[[PyTree], PyTree]
@@ -46,13 +52,7 @@ def check_groups(caller: str, groups: PyTree, params: PyTree, wanted: tuple[str,
     Raises:
       ValueError: naming the labels without parameters and those that were seen.
     """
-    try:
-        spread = jax.tree.map(lambda g, part: jax.tree.map(lambda _: g, part), groups, params)
-    except ValueError as error:
-        raise ValueError(
-            f"{caller} was given labels that do not fit the params: {error}"
-        ) from error
-    present = set(jax.tree.leaves(spread))
+    present = set(_spread(caller, groups, params))
     missing = [group for group in wanted if group not in present]
     if missing:
         raise ValueError(
@@ -60,6 +60,62 @@ def check_groups(caller: str, groups: PyTree, params: PyTree, wanted: tuple[str,
             f"labels lead to the groups {sorted(present)}. Check what `labels` gives for your "
             "params, or use a strategy and a factory without that group."
         )
+
+
+GroupLayers = Mapping[Path, tuple[str, LeafLayers]]
+
+
+def layers_of_groups(
+    caller: str, groups: PyTree, tree: PyTree, *, num_layers: int, layer_axis: int | None
+) -> GroupLayers:
+    """The layers of each leaf of gates and experts, by path; see `find_layers`.
+
+    Raises:
+      ValueError: if there are not as many layers, or if a leaf is of none of them.
+    """
+    leaves = [(path, leaf) for path, leaf in leaves_with_paths(tree)[0] if hasattr(leaf, "shape")]
+    named = zip(leaves, _spread(caller, groups, tree), strict=True)
+    own = {path: (group, leaf.shape) for (path, leaf), group in named if group in CONTROLLED_GROUPS}
+    shapes = {path: shape for path, (_, shape) in own.items()}
+    gates = {path: shape for path, (group, shape) in own.items() if group == "gate"}
+    if not gates:
+        return {}
+    found = find_layers(
+        caller, shapes, gates, num_layers=num_layers, layer_axis=layer_axis, plain_ndim=2
+    )
+    return {path: (own[path][0], layers) for path, layers in found.items()}
+
+
+def scale_layers(
+    updates: PyTree, layers: GroupLayers, factors: Mapping[str, Float[Array, " layers"]]
+) -> PyTree:
+    """The updates of each group that has factors, times those of their layers."""
+    flat, treedef = leaves_with_paths(updates)
+
+    def scale(path: Path, leaf: Any) -> Any:
+        group, own = layers.get(path, (None, None))
+        if own is None or group not in factors:
+            return leaf
+        return scale_leaf(leaf, own.spread(factors[group], leaf.ndim))
+
+    return jax.tree.unflatten(treedef, [scale(path, leaf) for path, leaf in flat])
+
+
+def scale_leaf(leaf: Array, factor: Float[Array, "..."]) -> Array:
+    """The product, taken in float32 at least, in the leaf's dtype."""
+    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    return (leaf.astype(dtype) * factor.astype(dtype)).astype(leaf.dtype)
+
+
+def _spread(caller: str, groups: PyTree, tree: PyTree) -> list[str]:
+    """The group of each leaf, where groups may be given for whole parts of the tree."""
+    try:
+        spread = jax.tree.map(lambda g, part: jax.tree.map(lambda _: g, part), groups, tree)
+    except ValueError as error:
+        raise ValueError(
+            f"{caller} was given labels that do not fit the params: {error}"
+        ) from error
+    return jax.tree.leaves(spread)
 
 
 def _group(path: tuple[Any, ...], label: Any) -> str:

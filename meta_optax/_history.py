@@ -1,6 +1,6 @@
 """A window over the last values of a metric, of a fixed shape so that it can be a state."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -10,27 +10,37 @@ from jaxtyping import Array, Bool, Float, Int
 class Window(NamedTuple):
     """The last ``n`` values pushed, oldest first, and how many of them there are."""
 
-    values: Float[Array, " n"]
+    values: Float[Array, "*layers n"]
     count: Int[Array, ""]
 
 
-def empty_window(size: int) -> Window:
-    """A window for ``size`` values that holds none."""
-    return Window(values=jnp.zeros([size], jnp.float32), count=jnp.zeros([], jnp.int32))
+def empty_window(size: int, shape: tuple[int, ...] = ()) -> Window:
+    """A window for ``size`` values, each of a shape, that holds none."""
+    return Window(values=jnp.zeros([*shape, size], jnp.float32), count=jnp.zeros([], jnp.int32))
 
 
-def push(window: Window, value: Float[Array, ""]) -> Window:
+def push(window: Window, value: Float[Array, "*layers"]) -> Window:
     """Appends ``value``; the oldest value goes once the window is full."""
-    size = window.values.shape[0]
+    size = window.values.shape[-1]
     return Window(
-        values=jnp.concatenate([window.values[1:], value[None]]),
+        values=jnp.concatenate([window.values[..., 1:], value[..., None]], axis=-1),
         count=jnp.minimum(optax.safe_increment(window.count), size),
     )
 
 
+def smooth(
+    average: Float[Array, "*layers"],
+    value: Float[Array, "*layers"],
+    count: Int[Array, ""],
+    smoothing: Any,
+) -> Float[Array, "*layers"]:
+    """The exponential moving average with a new value; the first value is the first average."""
+    return jnp.where(count > 0, smoothing * average + (1.0 - smoothing) * value, value)
+
+
 def is_full(window: Window) -> Bool[Array, ""]:
     """Whether the window holds as many values as it can."""
-    return window.count >= window.values.shape[0]
+    return window.count >= window.values.shape[-1]
 
 
 def clear_where(condition: Bool[Array, ""], window: Window) -> Window:

@@ -23,10 +23,10 @@ from meta_optax._control import (
 )
 from meta_optax._core import (
     BASE_PREFIX,
-    CONTROLLED_GROUPS,
     Hyperparams,
     MetaOptimizer,
     State,
+    group_name,
     plain_name,
     protect,
 )
@@ -71,6 +71,8 @@ def inject_meta_hyperparams(
     inner_factory: Factory,
     meta_optimizer: MetaOptimizer,
     static_args: str | Iterable[str] = (),
+    *,
+    free_hyperparams: Mapping[str, Any] | None = None,
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     r"""Puts the hyperparameters of an Optax factory under the control of a strategy.
 
@@ -91,6 +93,11 @@ def inject_meta_hyperparams(
       meta_optimizer: the strategy.
       static_args: the names of the arguments that are not hyperparameters. A callable argument
         that is not a schedule (a mask) has to be named here, as with `optax.inject_hyperparams`.
+      free_hyperparams: hyperparameters that something else than the optimizer needs, such as
+        ``{"aux_loss_weight": 1e-2}`` for the loss: each a number, a scalar array or an Optax
+        schedule. Strategies change them like any other, and the loss reads them with
+        ``optax.tree.get(opt_state, "aux_loss_weight")``, inside the jitted step. Since the loss
+        comes before the update, what a step's metrics make of one is in force at the next step.
 
     Returns:
       A function that takes the factory's arguments, each a number, a scalar array or an Optax
@@ -99,7 +106,8 @@ def inject_meta_hyperparams(
 
     Raises:
       ValueError: from that function, if the strategy sets a hyperparameter that the factory does
-        not take, or if a base value is no scalar.
+        not take and that is not free, or if a base value is no scalar; if a free hyperparameter
+        has the name of an argument, or is no number.
       TypeError: from ``update``, while tracing, if a needed metric was not passed.
 
     Example:
@@ -128,14 +136,20 @@ def inject_meta_hyperparams(
             f"{list(signature.parameters)}; got {sorted(unknown)}."
         )
 
+    free = dict(free_hyperparams or {})
+    _check_free(free, signature)
+
     @functools.wraps(inner_factory)
     def wrapped_factory(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
-        arguments = _sort_arguments(signature, static, args, kwargs)
+        arguments = _sort_arguments(signature, static, args, kwargs, free)
         names = _controlled_keys(inner_factory, meta, signature, arguments)
         kept = [name for name in arguments.constants if name in names]
         for name in kept:
             _checks.real(name, arguments.constants[name], open_high=True)
         inject = optax.inject_hyperparams(inner_factory, static, hyperparam_dtype=jnp.float32)
+
+        def taken(used: Hyperparams) -> Hyperparams:
+            return {name: value for name, value in used.items() if name not in free}
 
         def inner(used: Hyperparams) -> optax.GradientTransformationExtraArgs:
             # A new set of arguments: values of one trace must not outlive it.
@@ -164,7 +178,7 @@ def inject_meta_hyperparams(
                 base_hyperparams={BASE_PREFIX + name: base[name] for name in kept},
                 schedule_states=states,
                 meta_state=meta_state,
-                inner_state=_inner_state(inner(used).init(params)),
+                inner_state=_inner_state(inner(taken(used)).init(params)),
             )
 
         def update_fn(
@@ -184,9 +198,11 @@ def inject_meta_hyperparams(
             used = apply_safely(meta, meta_state, base, state.hyperparams, names)
             # Optax's own state, made for this call: a rate must stand once only in ours.
             injected = optax.schedules.InjectStatefulHyperparamsState(
-                state.count, used, {}, state.inner_state
+                state.count, taken(used), {}, state.inner_state
             )
-            new_updates, injected = inner(used).update(updates, injected, params, **extra_args)
+            new_updates, injected = inner(taken(used)).update(
+                updates, injected, params, **extra_args
+            )
             states = {
                 key: schedule.update(state.schedule_states[key], **extra_args)
                 for key, schedule in arguments.stateful.items()
@@ -214,14 +230,18 @@ class _Arguments(NamedTuple):
 
 
 def _sort_arguments(
-    signature: inspect.Signature, static: set[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    signature: inspect.Signature,
+    static: set[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    free: Mapping[str, Any],
 ) -> _Arguments:
-    """Sorts the arguments as `optax.inject_hyperparams` does."""
+    """Sorts the arguments as `optax.inject_hyperparams` does, and the free ones with them."""
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     numeric = {
         name: value
-        for name, value in bound.arguments.items()
+        for name, value in (*bound.arguments.items(), *free.items())
         if name not in static and not isinstance(value, bool)
     }
     schedules = {name: value for name, value in numeric.items() if callable(value)}
@@ -245,17 +265,34 @@ def _controlled_keys(
     base |= dict.fromkeys(arguments.schedules, jnp.zeros([], jnp.float32))
     names = controlled(meta, base)
     for name in names:
-        if name not in signature.parameters:
+        if name not in signature.parameters and name not in base:
             factory_name = getattr(factory, "__name__", "the factory")
-            group, _, plain = name.partition("_")
-            remedy = f"give {factory_name} an argument of that name"
-            if group in CONTROLLED_GROUPS and plain in signature.parameters:
-                remedy = f"wrap it: moe_partition({factory_name}, labels)"
+            form, plain = group_name(name), plain_name(name)
+            remedy = (
+                f"give {factory_name} an argument of that name or, if it is the loss that needs "
+                f"it, pass free_hyperparams={{{name!r}: ...}}"
+            )
+            if plain != name and plain in signature.parameters:
+                layers = "" if form == name else ", num_layers=..."
+                remedy = f"wrap it: moe_partition({factory_name}, labels{layers})"
             raise ValueError(
                 f"{meta.name} sets the hyperparameter {name!r}, which {factory_name} does not "
                 f"take (it takes {sorted(base)}). To let it act, {remedy}."
             )
     return names
+
+
+def _check_free(free: Mapping[str, Any], signature: inspect.Signature) -> None:
+    for name, value in free.items():
+        if name in signature.parameters:
+            raise ValueError(
+                f"free_hyperparams has {name!r}, which is an argument of the factory: give it to "
+                "that."
+            )
+        if isinstance(value, bool) or not (callable(value) or _is_number(value)):
+            raise ValueError(
+                f"free_hyperparams needs a number or a schedule as {name!r}, got {value!r}."
+            )
 
 
 def _is_number(value: Any) -> bool:
@@ -294,7 +331,8 @@ def _strong(signature: inspect.Signature, name: str, value: Any, *, is_controlle
     # An integer stays one where the factory has an integer, or nothing, for its default: a seed or
     # a number of steps. A rate of 1 is a rate.
     parameters = signature.parameters
-    default = (parameters.get(plain_name(name)) or parameters[name]).default
+    owner = parameters.get(plain_name(name)) or parameters.get(name)
+    default = owner.default if owner else 0.0
     allowed = default is None or (isinstance(default, int) and not isinstance(default, bool))
     is_integer = jnp.issubdtype(jnp.result_type(value), jnp.integer)
     keeps = is_integer and allowed and not is_controlled

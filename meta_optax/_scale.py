@@ -5,17 +5,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from meta_optax._advanced_plateau import advanced_plateau
 from meta_optax._control import apply_safely, controlled, gather_metrics, layout_version
-from meta_optax._core import CONTROLLED_GROUPS, MetaOptimizer, State, protect
-from meta_optax._expert_gate import expert_gate, smart_expert_gate
-from meta_optax._groups import UNCONTROLLED, Labels, check_groups, group_fn
+from meta_optax._core import (
+    CONTROLLED_GROUPS,
+    MetaOptimizer,
+    State,
+    group_name,
+    layer_form,
+    plain_name,
+    protect,
+)
+from meta_optax._expert_gate import expert_gate
+from meta_optax._groups import (
+    UNCONTROLLED,
+    GroupLayers,
+    Labels,
+    check_groups,
+    group_fn,
+    layers_of_groups,
+    scale_layers,
+    scale_leaf,
+)
 from meta_optax._plateau import plateau
+from meta_optax._smart_expert_gate import smart_expert_gate
 
 _RATE = "learning_rate"
-_FORMS = (_RATE, *(f"{group}_{_RATE}" for group in CONTROLLED_GROUPS))
 
 
 class ScaleByMetaState(NamedTuple):
@@ -25,9 +42,9 @@ class ScaleByMetaState(NamedTuple):
       layout_version: the version of this layout.
       count: the updates made, saturating.
       hyperparams: the factors of the last update, float32, under ``learning_rate_scale`` and,
-        with labels, ``gate_learning_rate_scale`` and ``expert_learning_rate_scale``: those that
-        the strategy controls. The names differ from the rates' own, so that a rate injected in
-        the same chain stays readable.
+        with labels, ``gate_learning_rate_scale`` and ``expert_learning_rate_scale`` (by layer,
+        ``gate_0_learning_rate_scale``): those that the strategy controls. The names differ from
+        the rates' own, so that a rate injected in the same chain stays readable.
       meta_state: the strategy's state.
     """
 
@@ -43,7 +60,10 @@ class ScaleByMetaState(NamedTuple):
 
 
 def scale_by_meta(
-    meta_optimizer: MetaOptimizer, labels: Labels | None = None
+    meta_optimizer: MetaOptimizer,
+    labels: Labels | None = None,
+    *,
+    layer_axis: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies updates by what a strategy makes of a learning rate of 1.
 
@@ -60,6 +80,7 @@ def scale_by_meta(
     Args:
       meta_optimizer: the strategy.
       labels: as for `moe_partition`; needed by strategies that set rates of groups.
+      layer_axis: as for `moe_partition`, for strategies that set rates of layers.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -84,7 +105,20 @@ def scale_by_meta(
     names = controlled(meta, one)
     groups = None if labels is None else group_fn(labels)
     _check_names(meta, names, has_labels=labels is not None)
-    own = tuple(group for group in CONTROLLED_GROUPS if f"{group}_{_RATE}" in names)
+    own = tuple(
+        group
+        for group in CONTROLLED_GROUPS
+        if any(group_name(name) == f"{group}_{_RATE}" for name in names)
+    )
+    num_layers = sum(layer_form("gate", layer, _RATE) in names for layer in range(len(names)))
+
+    def layers_in(tree: Any) -> GroupLayers:
+        if groups is None or not num_layers:
+            return {}
+        caller = f"scale_by_meta({meta.name})"
+        return layers_of_groups(
+            caller, groups(tree), tree, num_layers=num_layers, layer_axis=layer_axis
+        )
 
     def scales(state: State, last: dict[str, Array]) -> dict[str, Array]:
         rates = {name.removesuffix("_scale"): scale for name, scale in last.items()}
@@ -94,6 +128,7 @@ def scale_by_meta(
     def init_fn(params: Any) -> ScaleByMetaState:
         if groups is not None and jax.tree.leaves(params):
             check_groups(f"scale_by_meta({meta.name})", groups(params), params, own)
+            layers_in(params)
         meta_state = meta.init()
         start = {f"{name}_scale": jnp.ones([], jnp.float32) for name in names}
         return ScaleByMetaState(
@@ -118,14 +153,23 @@ def scale_by_meta(
         meta_state = meta.observe(state.meta_state, metrics)
         new = scales(meta_state, state.hyperparams)
         plain = new.get(f"{_RATE}_scale")
+        layers = layers_in(updates)
+        by_layer = {
+            group: jnp.stack(
+                [new[f"{layer_form(group, layer, _RATE)}_scale"] for layer in range(num_layers)]
+            )
+            for group in (own if num_layers else ())
+        }
 
         def scale(group: str, part: Any) -> Any:
             factor = new.get(f"{group}_{_RATE}_scale", plain)
-            return part if factor is None or group == UNCONTROLLED else _scale(part, factor)
+            is_left = factor is None or group == UNCONTROLLED or group in by_layer
+            return part if is_left else jax.tree.map(lambda u: scale_leaf(u, factor), part)
 
-        updates = (
+        scaled = (
             jax.tree.map(scale, groups(updates), updates) if groups else scale("dense", updates)
         )
+        updates = scale_layers(scaled, layers, by_layer)
         return updates, state._replace(
             count=optax.safe_increment(state.count), hyperparams=new, meta_state=meta_state
         )
@@ -219,7 +263,7 @@ def scale_by_smart_expert_gate(
 
 def _check_names(meta: MetaOptimizer, names: tuple[str, ...], *, has_labels: bool) -> None:
     """Raises unless what the strategy sets is a rate of a group that labels are there for."""
-    strange = [name for name in names if name not in _FORMS]
+    strange = [name for name in names if plain_name(name) != _RATE]
     grouped = [name for name in names if name != _RATE]
     if strange:
         raise ValueError(
@@ -231,13 +275,3 @@ def _check_names(meta: MetaOptimizer, names: tuple[str, ...], *, has_labels: boo
             f"{meta.name} sets {grouped}, so scale_by_meta has to know the groups: pass labels "
             "(a tree of 'gate', 'expert' and 'dense', or a function that makes one)."
         )
-
-
-def _scale(updates: Any, factor: Float[Array, ""]) -> Any:
-    """The updates times the factor, in the updates' dtypes."""
-
-    def scale(leaf: Array) -> Array:
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-        return (leaf.astype(dtype) * factor.astype(dtype)).astype(leaf.dtype)
-
-    return jax.tree.map(scale, updates)

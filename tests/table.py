@@ -11,9 +11,15 @@ import meta_optax as mo
 
 LABELS = {"dense": "dense", "experts": "expert", "router": "gate"}
 BASE = {"learning_rate": 0.01, "weight_decay": 0.1}
+# What the loss needs, and no factory takes.
+FREE = {"aux_loss_weight": 0.01}
 # The shape of each metric that a strategy of the table needs.
 SHAPES = {"value": (), "grad_norm": (), "param_norm": (), "gate_entropy": (), "gate_sparsity": ()}
-SHAPES |= {"expert_usage": (4,)}
+SHAPES |= {"expert_usage": (4,), "drop_fraction": (), "max_violation": (), "dead_experts": ()}
+SHAPES |= {"load_entropy_normalized": (), "gate_entropy_normalized": ()}
+# With labels of one layer, the rows that judge by layer have one.
+LAYERS = 1
+SHAPES |= {f"{name}_per_layer": (LAYERS, *shape) for name, shape in SHAPES.items()}
 
 
 class Strategy(NamedTuple):
@@ -22,6 +28,7 @@ class Strategy(NamedTuple):
     make: Callable[..., mo.MetaOptimizer]
     eager: Callable[[], mo.MetaOptimizer]
     grouped: bool = False
+    layered: bool = False
 
 
 def custom() -> mo.MetaOptimizer:
@@ -48,6 +55,39 @@ STRATEGIES = {
         lambda: mo.advanced_plateau(patience=1, warmup_steps=2, trend_window=2),
     ),
     "smart_expert_gate": Strategy(mo.smart_expert_gate, mo.smart_expert_gate, grouped=True),
+    "expert_gate[per_layer]": Strategy(
+        lambda: mo.expert_gate(per_layer=True, num_layers=LAYERS),
+        lambda: mo.expert_gate(per_layer=True, num_layers=LAYERS, normalized_entropy=True),
+        grouped=True,
+        layered=True,
+    ),
+    "smart_expert_gate[normalized]": Strategy(
+        lambda: mo.smart_expert_gate(normalized_entropy=True),
+        lambda: mo.smart_expert_gate(normalized_entropy=True, specialization_threshold=0.0),
+        grouped=True,
+    ),
+    "smart_expert_gate[per_layer]": Strategy(
+        lambda: mo.smart_expert_gate(per_layer=True, num_layers=LAYERS),
+        lambda: mo.smart_expert_gate(per_layer=True, num_layers=LAYERS, normalized_entropy=True),
+        grouped=True,
+        layered=True,
+    ),
+    "adapt_aux_loss": Strategy(
+        mo.adapt_aux_loss, lambda: mo.adapt_aux_loss(smoothing=0.0, factor=2.0)
+    ),
+    "guard_collapse": Strategy(
+        mo.guard_collapse,
+        lambda: mo.guard_collapse(patience=1, release_patience=1, smoothing=0.0),
+        grouped=True,
+    ),
+    "guard_collapse[per_layer]": Strategy(
+        lambda: mo.guard_collapse(per_layer=True, num_layers=LAYERS),
+        lambda: mo.guard_collapse(
+            per_layer=True, num_layers=LAYERS, patience=1, release_patience=1, smoothing=0.0
+        ),
+        grouped=True,
+        layered=True,
+    ),
     "custom": Strategy(lambda: mo.chain(custom()), lambda: mo.chain(custom())),
     "chain": Strategy(
         lambda: mo.chain(mo.advanced_plateau(), mo.smart_expert_gate()),
@@ -74,11 +114,14 @@ STRATEGIES = {
 
 def factory(row: Strategy) -> Callable[..., Any]:
     """AdamW, with groups where the strategy sets rates of groups."""
-    return mo.moe_partition(optax.adamw, LABELS) if row.grouped else optax.adamw
+    if not row.grouped:
+        return optax.adamw
+    return mo.moe_partition(optax.adamw, LABELS, num_layers=LAYERS if row.layered else None)
 
 
 def injected(row: Strategy, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
-    return mo.inject_meta_hyperparams(factory(row), row.eager())(**{**BASE, **kwargs})
+    make = mo.inject_meta_hyperparams(factory(row), row.eager(), free_hyperparams=FREE)
+    return make(**{**BASE, **kwargs})
 
 
 TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
@@ -96,6 +139,16 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] 
     "scale_by_smart_expert_gate": lambda: optax.chain(
         optax.adamw(0.1), mo.scale_by_smart_expert_gate(LABELS)
     ),
+    "scale_by_expert_gate[per_layer]": lambda: optax.chain(
+        optax.adamw(0.1), mo.scale_by_expert_gate(LABELS, per_layer=True, num_layers=LAYERS)
+    ),
+    "balance_router_bias": lambda: optax.chain(
+        optax.adamw(0.1),
+        optax.partition(
+            {"dense": optax.identity(), "bias": mo.balance_router_bias()},
+            {"dense": "dense", "experts": "dense", "router": "bias"},
+        ),
+    ),
     "as_schedule": lambda: optax.inject_hyperparams(optax.adamw)(
         learning_rate=mo.as_schedule(mo.plateau(patience=1), 0.1)
     ),
@@ -104,6 +157,7 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] 
 
 # What holds for the transformations of this library alone: Optax's own injection lets updates
 # leave in the dtype of a strong schedule, and a plain AdamW of a partition is Optax's throughout.
+WITHOUT_HYPERPARAMS = ("moe_partition", "balance_router_bias")
 KEEPS_DTYPE = [name for name in TRANSFORMATIONS if name != "as_schedule"]
 
 
@@ -113,13 +167,22 @@ def params(dtype: Any = jnp.float32) -> dict[str, Any]:
 
 def row(step: int = 0, *, value: float = 1.0) -> dict[str, Any]:
     """One step's metrics, as arrays."""
+    load = {
+        "gate_entropy": jnp.float32(0.4 if step % 2 else 1.2),
+        "gate_entropy_normalized": jnp.float32(0.3 if step % 2 else 0.9),
+        "gate_sparsity": jnp.float32(0.9),
+        "expert_usage": jnp.array([0.9, 0.1, 0.0, 0.0], jnp.float32),
+        "load_entropy_normalized": jnp.float32(0.2 if step % 2 else 1.0),
+        "dead_experts": jnp.float32(0.5 if step % 2 else 0.0),
+        "max_violation": jnp.float32(2.6 if step % 2 else 0.1),
+        "drop_fraction": jnp.float32(0.0),
+    }
     return {
         "value": jnp.float32(value),
         "grad_norm": jnp.float32(12.0 if step % 3 == 0 else 1.0),
         "param_norm": jnp.float32(1.0 + step),
-        "gate_entropy": jnp.float32(0.4 if step % 2 else 1.2),
-        "gate_sparsity": jnp.float32(0.9),
-        "expert_usage": jnp.array([0.9, 0.1, 0.0, 0.0], jnp.float32),
+        **load,
+        **{f"{name}_per_layer": jnp.stack([x] * LAYERS) for name, x in load.items()},
     }
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+import meta_optax as mo
+
 nnx = pytest.importorskip("flax.nnx", exc_type=Exception)
 moe_model = pytest.importorskip("moe_model", exc_type=ImportError)
 
@@ -45,20 +47,30 @@ def test_no_output_hangs_on_later_tokens():
 
 def test_labels_of_params_of_updates_and_of_masked_trees():
     params = nnx.split(moe_model.MoeTransformer(CONFIG, nnx.Rngs(0)), nnx.Param)[1]
-    labels = moe_model.label_params(params)
+    labels = mo.label_moe_params(params)
     counts = {label: jax.tree.leaves(labels).count(label) for label in ("gate", "expert", "dense")}
     assert counts == {"gate": 2, "expert": 4, "dense": 2 * 4 + 3}
     masked = jax.tree.map(lambda leaf: optax.MaskedNode() if leaf.ndim == 3 else leaf, params)
-    again = moe_model.label_params(masked)
+    again = mo.label_moe_params(masked)
     assert jax.tree.leaves(again) == jax.tree.leaves(labels)
 
 
-def test_statistics_of_routing_by_hand():
-    probs = jnp.array([[[0.7, 0.2, 0.1, 0.0], [0.25, 0.25, 0.25, 0.25]]])
-    routing = moe_model.Routing(probs, jnp.array([[[0, 1], [0, 2]]]))
-    got = moe_model.router_statistics(routing, jnp.array([0, 1]), corpora=2)
-    entropy = -(0.7 * np.log(0.7) + 0.2 * np.log(0.2) + 0.1 * np.log(0.1))
-    assert float(got["gate_entropy"]) == pytest.approx((entropy + np.log(4)) / 2, rel=1e-5)
-    assert float(got["gate_sparsity"]) == 0.5
-    np.testing.assert_allclose(got["expert_usage"], [0.5, 0.25, 0.25, 0.0])
-    np.testing.assert_allclose(got["corpus_usage"][0, 1], [0.5, 0.0, 0.5, 0.0])
+def test_who_serves_which_kind_by_hand():
+    probs = jnp.full([1, 4, 4], 0.25)
+    selected = jnp.array([[[0, 1], [0, 2], [3, 2], [3, 2]]])
+    routing = moe_model.Routing(probs, selected)
+    usage = moe_model.usage_by_kind(routing, jnp.array([2, 0]), kinds=3)  # Two tokens a row.
+    np.testing.assert_allclose(
+        usage, [[[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0], [0.5, 0.25, 0.25, 0.0]]]
+    )
+
+
+def test_the_models_own_routing_is_what_router_metrics_measures():
+    model = moe_model.MoeTransformer(CONFIG, nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(2), (3, 16), 0, 256)
+    routing = model(tokens)[1]
+    metrics = mo.router_metrics(*routing)
+    usage = moe_model.usage_by_kind(routing, jnp.zeros(3, jnp.int32), kinds=1)
+    np.testing.assert_allclose(metrics["expert_usage_per_layer"], usage[:, 0], rtol=1e-5)
+    entropy = -(routing.probs * jnp.log(routing.probs)).sum(axis=-1).mean()
+    assert float(metrics["gate_entropy"]) == pytest.approx(float(entropy), rel=1e-5)

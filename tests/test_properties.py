@@ -6,11 +6,10 @@ import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from table import BASE, LABELS, SHAPES, STRATEGIES, finite_nonnegative, params
+from table import FREE, SHAPES, STRATEGIES, finite_nonnegative, injected, params
 
 import meta_optax as mo
 
@@ -67,7 +66,7 @@ def test_no_sequence_leads_outside_the_bounds(name):
 
     @given(rows=sequences, base=bases)
     def holds(rows, base):
-        arrays = {k: jnp.float32(v) for k, v in base.items()}
+        arrays = {k: jnp.float32(v) for k, v in (base | FREE).items()}
         _in_range(run(rows, arrays), base, name)
 
     holds()
@@ -87,9 +86,7 @@ def test_bounded_stays_in_its_bounds():
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_no_sequence_reaches_the_optimizer_unsafe(name):
     """Through the injection, a careless strategy of a user's own too."""
-    row = STRATEGIES[name]
-    factory = mo.moe_partition(optax.adamw, LABELS) if row.grouped else optax.adamw
-    tx = mo.inject_meta_hyperparams(factory, row.eager())(**BASE)
+    tx = injected(STRATEGIES[name])
     p = params()
 
     @jax.jit

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from table import BASE, LABELS, STRATEGIES, injected, params, row
+from table import BASE, FREE, LABELS, STRATEGIES, injected, params, row
 
 import meta_optax as mo
 
@@ -266,6 +266,7 @@ class TestDecisions:
         logged = mo.inject_meta_hyperparams(
             mo.moe_partition(optax.adamw, LABELS),
             mo.with_decisions(STRATEGIES["chain"].eager()),
+            free_hyperparams=FREE,
         )(**BASE)
         rows = [row(i) for i in range(6)]
         assert mo.read_hyperparams(_run(plain, rows)) == mo.read_hyperparams(_run(logged, rows))

@@ -29,6 +29,11 @@ _BALANCED_BLOCK = re.compile(r"deepseek\w*|kimi\w*")
 _SHARED_WEIGHT = re.compile(r"w_(gate|up|down|gate_up)")
 
 
+def is_router(part: str) -> bool:
+    """Whether a part of a path can be a router's name."""
+    return part.lower() == "gate" or bool(_ROUTER.fullmatch(part.lower()))
+
+
 class Scopes:
     """What stands beside what: the names that each module of a tree holds."""
 

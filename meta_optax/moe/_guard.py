@@ -1,0 +1,270 @@
+"""Protection from a router's collapse, with hysteresis."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from meta_optax import _checks
+from meta_optax._checks import Scalar
+from meta_optax._core import (
+    ANY_HYPERPARAM,
+    Hyperparams,
+    MetaOptimizer,
+    Metrics,
+    group_name,
+    hold_nonfinite,
+    layer_form,
+    observe_every,
+)
+from meta_optax._history import smooth
+from meta_optax._layered import shape_of_layers
+
+_METRICS = ("load_entropy_normalized", "dead_experts", "max_violation", "gate_entropy_normalized")
+_RULES = ("load_entropy", "dead_experts", "max_violation", "health returned")
+_RELEASED = 3
+_MOST_DOUBLINGS = 20
+
+
+class GuardCollapseState(NamedTuple):
+    """State of `guard_collapse`; ``interventions`` is how often it began to act."""
+
+    seen: Int[Array, ""]
+    load_entropy: Float[Array, "*layers"]
+    dead_experts: Float[Array, "*layers"]
+    max_violation: Float[Array, "*layers"]
+    gate_entropy: Float[Array, "*layers"]
+    bad_count: Int[Array, "*layers"]
+    good_count: Int[Array, "*layers"]
+    is_acting: Bool[Array, "*layers"]
+    interventions: Int[Array, "*layers"]
+    rule: Int[Array, "*layers"]
+    nonfinite_count: Int[Array, ""]
+
+    def decision_rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
+        """The rule behind the last change of each hyperparameter, as an index and the names."""
+        texts = tuple(f"guard_collapse: {rule}" for rule in _RULES)
+        if self.rule.ndim == 0:
+            return {ANY_HYPERPARAM: (self.rule, texts)}
+        by_layer = {
+            layer_form("gate", layer, "learning_rate"): (self.rule[layer], texts)
+            for layer in range(self.rule.shape[0])
+        }
+        # What all layers share is moved by the first that acts, and let go by the last.
+        acting = jnp.where(self.is_acting, self.rule, _RELEASED)
+        return {**by_layer, ANY_HYPERPARAM: (acting.min(), texts)}
+
+
+def guard_collapse(
+    *,
+    load_entropy: tuple[Scalar, Scalar] = (0.7, 0.9),
+    dead_experts: tuple[Scalar, Scalar] = (0.3, 0.15),
+    max_violation: tuple[Scalar, Scalar] = (1.0, 0.5),
+    undecided_entropy: Scalar = 0.95,
+    smoothing: Scalar = 0.8,
+    patience: Scalar = 3,
+    release_patience: Scalar = 100,
+    gate_lr_factor: Scalar = 0.1,
+    aux_loss_weight: Scalar = 0.1,
+    balance_update_rate: Scalar = 1e-3,
+    update_frequency: Scalar = 1,
+    per_layer: bool = False,
+    num_layers: int | None = None,
+) -> MetaOptimizer:
+    r"""Acts while a router collapses: slows the gate, and raises what balances the load.
+
+    Each quantity is smoothed, :math:`\bar x \leftarrow \text{smoothing} \cdot \bar x + (1 -
+    \text{smoothing}) \cdot x`. With H the load's entropy, D the share of dead experts, V MaxVio and
+    G the tokens' entropy, H and G as shares of log E, a look finds
+
+    .. math::
+      \text{collapse} &\iff (H < \text{load_entropy}_0 \lor D > \text{dead_experts}_0 \lor
+        V > \text{max_violation}_0) \land G < \text{undecided_entropy} \\
+      \text{health} &\iff H > \text{load_entropy}_1 \land D < \text{dead_experts}_1 \land
+        V < \text{max_violation}_1
+
+    ``patience`` looks of collapse in a row make it act, ``release_patience`` looks of health in a
+    row make it let go; what lies in between resets both counts, and changes nothing. An uneven load
+    under a router that is undecided (G near 1, as at the start of training) is no collapse: the
+    highest of nearly equal probabilities are chance. While it acts,
+
+    .. math::
+      \text{gate lr} &\leftarrow \text{gate lr} \cdot \text{gate_lr_factor} \\
+      \text{aux_loss_weight} &\leftarrow \max(\text{base}, \text{aux_loss_weight}), \quad
+      \text{balance_update_rate} \leftarrow \max(\text{base}, \text{balance_update_rate})
+
+    of which it does what there are hyperparameters for: the gate's rate needs `moe_partition` or
+    labels, the others are ``free_hyperparams`` of `inject_meta_hyperparams`, or arguments of the
+    factory. With ``per_layer=True`` each layer is judged by its own metrics, so that one layer's
+    collapse is not lost in the mean of many; its gate alone is slowed
+    (``gate_l_learning_rate``), and the other two are raised while any layer acts.
+
+    Metrics: ``load_entropy_normalized``, ``dead_experts``, ``max_violation`` and
+    ``gate_entropy_normalized`` (scalars), or each with ``_per_layer`` ([L]); `router_metrics` gives
+    all of them.
+
+    Args:
+      load_entropy: the load entropies below which it is collapse and above which it is health, a
+        pair in [0, 1], the first at most the second.
+      dead_experts: the shares of dead experts above which it is collapse and below which it is
+        health, a pair in [0, 1], the first at least the second.
+      max_violation: the same for MaxVio, a pair >= 0. Where there are only three experts or fewer,
+        MaxVio is at most E - 1 and never above the default.
+      undecided_entropy: the token entropy from which a router counts as undecided, in [0, 1].
+      smoothing: how much of the averages a look keeps, in [0, 1).
+      patience: looks of collapse before it acts, an integer >= 1.
+      release_patience: looks of health before it lets go, an integer >= 1.
+      gate_lr_factor: what the gate's rate is multiplied by while it acts, in [0, 1].
+      aux_loss_weight: the least weight of the auxiliary loss while it acts, >= 0.
+      balance_update_rate: the least rate of the balance bias while it acts, >= 0.
+      update_frequency: look at the metrics of every n-th step only; an integer >= 1.
+      per_layer: whether each layer is judged by itself.
+      num_layers: with ``per_layer``, how many layers there are; an integer >= 1.
+
+    Arguments that are traced are clipped to these ranges.
+
+    Returns:
+      A `MetaOptimizer`.
+
+    Raises:
+      ValueError: for an argument outside its range; when applied, if there is none of the
+        hyperparameters that it controls.
+
+    Example:
+      >>> import meta_optax as mo
+      >>> meta = mo.guard_collapse(patience=1)
+      >>> collapsed = {"load_entropy_normalized": 0.1, "dead_experts": 0.9, "max_violation": 6.0}
+      >>> row = {"step": 0, "gate_entropy_normalized": 0.05, **collapsed}
+      >>> state = meta.observe(meta.init(), row)
+      >>> used = meta.apply(state, {"learning_rate": 1.0, "aux_loss_weight": 0.0})
+      >>> print(used["gate_learning_rate"], used["aux_loss_weight"])
+      0.1 0.1
+    """
+    entropy_low, entropy_high = _thresholds("load_entropy", load_entropy, most=1.0, rises=True)
+    dead_high, dead_low = _thresholds("dead_experts", dead_experts, most=1.0, rises=False)
+    worst, fine = _thresholds("max_violation", max_violation, most=jnp.inf, rises=False)
+    undecided = _checks.real("undecided_entropy", undecided_entropy, high=1.0)
+    kept = _checks.real("smoothing", smoothing, high=1.0, open_high=True)
+    patience = _checks.integer("patience", patience, low=1)
+    release = _checks.integer("release_patience", release_patience, low=1)
+    gate_factor = _checks.real("gate_lr_factor", gate_lr_factor, high=1.0)
+    least = {
+        "aux_loss_weight": _checks.real("aux_loss_weight", aux_loss_weight, open_high=True),
+        "balance_update_rate": _checks.real(
+            "balance_update_rate", balance_update_rate, open_high=True
+        ),
+    }
+    frequency = _checks.integer("update_frequency", update_frequency, low=1)
+    shape = shape_of_layers(per_layer, num_layers)
+    names = tuple(name + ("_per_layer" if shape else "") for name in _METRICS)
+
+    def init() -> GuardCollapseState:
+        return GuardCollapseState(
+            seen=jnp.zeros([], jnp.int32),
+            load_entropy=jnp.ones(shape, jnp.float32),
+            dead_experts=jnp.zeros(shape, jnp.float32),
+            max_violation=jnp.zeros(shape, jnp.float32),
+            gate_entropy=jnp.ones(shape, jnp.float32),
+            bad_count=jnp.zeros(shape, jnp.int32),
+            good_count=jnp.zeros(shape, jnp.int32),
+            is_acting=jnp.zeros(shape, bool),
+            interventions=jnp.zeros(shape, jnp.int32),
+            rule=jnp.zeros(shape, jnp.int32),
+            nonfinite_count=jnp.zeros([], jnp.int32),
+        )
+
+    def needs(metrics: Metrics) -> dict[str, tuple[int, ...]]:
+        del metrics
+        return dict.fromkeys(names, shape)
+
+    def observe(state: GuardCollapseState, metrics: Metrics) -> GuardCollapseState:
+        load, dead, violation, gate = (
+            smooth(average, metrics[name], state.seen, kept)
+            for average, name in zip(state[1:5], names, strict=True)
+        )
+        causes = jnp.stack([load < entropy_low, dead > dead_high, violation > worst])
+        is_bad = causes.any(axis=0) & (gate < undecided)
+        is_good = (load > entropy_high) & (dead < dead_low) & (violation < fine)
+        bad = jnp.where(is_bad, optax.safe_increment(state.bad_count), 0)
+        good = jnp.where(is_good, optax.safe_increment(state.good_count), 0)
+        begins = ~state.is_acting & (bad >= patience)
+        ends = state.is_acting & (good >= _hold(release, state.interventions))
+        count = optax.safe_increment(state.interventions)
+        cause = jnp.argmax(causes, axis=0).astype(jnp.int32)
+        rule = jnp.where(begins, cause, jnp.where(ends, _RELEASED, state.rule))
+        return GuardCollapseState(
+            seen=jnp.minimum(state.seen + 1, 1),
+            load_entropy=load,
+            dead_experts=dead,
+            max_violation=violation,
+            gate_entropy=gate,
+            bad_count=bad,
+            good_count=good,
+            is_acting=(state.is_acting | begins) & ~ends,
+            interventions=jnp.where(begins, count, state.interventions),
+            rule=rule.astype(jnp.int32),
+            nonfinite_count=state.nonfinite_count,
+        )
+
+    def apply(state: GuardCollapseState, hyperparams: Mapping[str, Any]) -> Hyperparams:
+        out = _slow_gates(hyperparams, jnp.where(state.is_acting, gate_factor, 1.0))
+        for name, value in least.items():
+            if name in hyperparams:
+                base = jnp.asarray(hyperparams[name]).astype(jnp.float32)
+                raised = jnp.maximum(base, value)
+                out[name] = jnp.where(state.is_acting.any(), raised, base)
+        if out.keys() <= hyperparams.keys() and all(out[k] is hyperparams[k] for k in out):
+            raise ValueError(
+                "guard_collapse has nothing to control: it acts on gates' learning rates, "
+                f"{' and '.join(least)}, but the hyperparameters are {sorted(hyperparams)}."
+            )
+        return out
+
+    return MetaOptimizer(
+        name="guard_collapse",
+        init=init,
+        observe=observe_every(
+            "guard_collapse", frequency, hold_nonfinite("guard_collapse", needs, observe)
+        ),
+        apply=apply,
+        metrics=names,
+    )
+
+
+def _hold(release: Any, interventions: Int[Array, "*layers"]) -> Int[Array, "*layers"]:
+    """The looks of health that end an intervention: twice as many as for the one before."""
+    doublings = jnp.clip(interventions - 1, 0, _MOST_DOUBLINGS)
+    # Saturates where it would leave int32.
+    most = jnp.iinfo(jnp.int32).max >> doublings
+    return jnp.minimum(jnp.asarray(release, jnp.int32), most) << doublings
+
+
+def _slow_gates(hyperparams: Mapping[str, Any], factor: Float[Array, "*layers"]) -> Hyperparams:
+    """The hyperparameters with the gate's learning rates, by layer or not, times the factor."""
+    out = dict(hyperparams)
+    gate = "gate_learning_rate"
+    plain = hyperparams.get(gate, hyperparams.get("learning_rate"))
+    of_layers = [key for key in hyperparams if key != gate and group_name(key) == gate]
+    if factor.ndim:
+        for layer in range(factor.shape[0]) if plain is not None else ():
+            key = layer_form("gate", layer, "learning_rate")
+            base = jnp.asarray(hyperparams.get(key, plain)).astype(jnp.float32)
+            out[key] = base * factor[layer]
+        return out
+    for key in of_layers or ([gate] if plain is not None else []):
+        out[key] = jnp.asarray(hyperparams.get(key, plain)).astype(jnp.float32) * factor
+    return out
+
+
+def _thresholds(name: str, pair: Any, *, most: float, rises: bool) -> tuple[Any, Any]:
+    """The thresholds of collapse and of health, which must lie in that order."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(f"{name} must be a pair (collapse, health), got {pair!r}.")
+    bad, good = (_checks.real(name, end, high=float(most)) for end in pair)
+    known = isinstance(bad, float) and isinstance(good, float)
+    if known and (bad > good if rises else bad < good):
+        order = "at most" if rises else "at least"
+        raise ValueError(f"{name} must be a pair with the first {order} the second, got {pair!r}.")
+    return bad, good
