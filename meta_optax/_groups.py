@@ -93,9 +93,9 @@ def scale_layers(
     flat, treedef = leaves_with_paths(updates)
 
     def scale(path: Path, leaf: Any) -> Any:
-        group, own = layers.get(path, (None, None))
-        if own is None or group not in factors:
+        if path not in layers or layers[path][0] not in factors:
             return leaf
+        group, own = layers[path]
         return scale_leaf(leaf, own.spread(factors[group], leaf.ndim))
 
     return jax.tree.unflatten(treedef, [scale(path, leaf) for path, leaf in flat])

@@ -117,13 +117,13 @@ def moe_partition(
                     own.arguments[name] = bound.arguments[name]
             return inner_factory(*own.args, **own.kwargs)
 
-        transforms = {group: inner(group) for group in (*CONTROLLED_GROUPS, "dense")}
-        transforms[UNCONTROLLED] = optax.set_to_zero()
+        balance = optax.set_to_zero()
         if _BALANCE_RATE in given:
-            transforms[UNCONTROLLED] = balance_router_bias(
+            balance = balance_router_bias(
                 given[_BALANCE_RATE], rule=balance_rule, layer_axis=layer_axis
             )
-        tx = optax.partition(transforms, groups)
+        transforms = {group: inner(group) for group in (*CONTROLLED_GROUPS, "dense")}
+        tx = optax.partition({**transforms, UNCONTROLLED: balance}, groups)
 
         def init_fn(params: Any) -> optax.OptState:
             # Optax's placeholder for params has no leaves, and so nothing to be labelled.

@@ -163,8 +163,9 @@ def scale_by_meta(
 
         def scale(group: str, part: Any) -> Any:
             factor = new.get(f"{group}_{_RATE}_scale", plain)
-            is_left = factor is None or group == UNCONTROLLED or group in by_layer
-            return part if is_left else jax.tree.map(lambda u: scale_leaf(u, factor), part)
+            if factor is None or group == UNCONTROLLED or group in by_layer:
+                return part
+            return jax.tree.map(lambda leaf: scale_leaf(leaf, factor), part)
 
         scaled = (
             jax.tree.map(scale, groups(updates), updates) if groups else scale("dense", updates)

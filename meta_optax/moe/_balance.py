@@ -154,7 +154,7 @@ def _layers_of(
                 f"{'/'.join(path)!r} has shape {shape}."
             )
     if layer_axis is None and all(len(shape) == 2 for shape in plain.values()):
-        free = {1 - shape.index(experts) for shape in plain.values() if shape[0] != shape[1]}
+        free = {1 - shape.index(experts) for shape in plain.values() if len(set(shape)) > 1}
         layer_axis = free.pop() if len(free) == 1 else None
     try:
         return find_layers(

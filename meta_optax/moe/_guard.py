@@ -25,7 +25,10 @@ from meta_optax._layered import shape_of_layers
 _METRICS = ("load_entropy_normalized", "dead_experts", "max_violation", "gate_entropy_normalized")
 _RULES = ("load_entropy", "dead_experts", "max_violation", "health returned")
 _RELEASED = 3
-_MOST_DOUBLINGS = 20
+# Each intervention lasts this many times as long as the one before: whoever falls back into
+# collapse once let go has a cause that lasts, and every relapse costs.
+_HOLD_GROWTH = 4.0
+_MOST_LOOKS = 1e9
 
 
 class GuardCollapseState(NamedTuple):
@@ -67,7 +70,7 @@ def guard_collapse(
     patience: Scalar = 3,
     release_patience: Scalar = 100,
     gate_lr_factor: Scalar = 0.1,
-    aux_loss_weight: Scalar = 0.1,
+    aux_loss_weight: Scalar = 0.3,
     balance_update_rate: Scalar = 1e-3,
     update_frequency: Scalar = 1,
     per_layer: bool = False,
@@ -86,7 +89,9 @@ def guard_collapse(
         V < \text{max_violation}_1
 
     ``patience`` looks of collapse in a row make it act, ``release_patience`` looks of health in a
-    row make it let go; what lies in between resets both counts, and changes nothing. An uneven load
+    row make it let go; what lies in between resets both counts, and changes nothing. With each
+    further intervention it holds four times as long, :math:`\text{release_patience} \cdot
+    4^{n - 1}` looks in the n-th: where collapse returns, its cause is still there. An uneven load
     under a router that is undecided (G near 1, as at the start of training) is no collapse: the
     highest of nearly equal probabilities are chance. While it acts,
 
@@ -115,9 +120,10 @@ def guard_collapse(
       undecided_entropy: the token entropy from which a router counts as undecided, in [0, 1].
       smoothing: how much of the averages a look keeps, in [0, 1).
       patience: looks of collapse before it acts, an integer >= 1.
-      release_patience: looks of health before it lets go, an integer >= 1.
+      release_patience: looks of health before it first lets go, an integer >= 1.
       gate_lr_factor: what the gate's rate is multiplied by while it acts, in [0, 1].
-      aux_loss_weight: the least weight of the auxiliary loss while it acts, >= 0.
+      aux_loss_weight: the least weight of the auxiliary loss while it acts, >= 0, for a loss that
+        is 1 when the load is even (Switch's; MaxText's is k then, Levanter's 1 / k).
       balance_update_rate: the least rate of the balance bias while it acts, >= 0.
       update_frequency: look at the metrics of every n-th step only; an integer >= 1.
       per_layer: whether each layer is judged by itself.
@@ -140,7 +146,7 @@ def guard_collapse(
       >>> state = meta.observe(meta.init(), row)
       >>> used = meta.apply(state, {"learning_rate": 1.0, "aux_loss_weight": 0.0})
       >>> print(used["gate_learning_rate"], used["aux_loss_weight"])
-      0.1 0.1
+      0.1 0.3
     """
     entropy_low, entropy_high = _thresholds("load_entropy", load_entropy, most=1.0, rises=True)
     dead_high, dead_low = _thresholds("dead_experts", dead_experts, most=1.0, rises=False)
@@ -234,11 +240,10 @@ def guard_collapse(
 
 
 def _hold(release: Any, interventions: Int[Array, "*layers"]) -> Int[Array, "*layers"]:
-    """The looks of health that end an intervention: twice as many as for the one before."""
-    doublings = jnp.clip(interventions - 1, 0, _MOST_DOUBLINGS)
-    # Saturates where it would leave int32.
-    most = jnp.iinfo(jnp.int32).max >> doublings
-    return jnp.minimum(jnp.asarray(release, jnp.int32), most) << doublings
+    """The looks of health that end an intervention: more of them each time, within int32."""
+    again = jnp.maximum(interventions - 1, 0).astype(jnp.float32)
+    looks = jnp.asarray(release, jnp.float32) * _HOLD_GROWTH**again
+    return jnp.minimum(looks, _MOST_LOOKS).astype(jnp.int32)
 
 
 def _slow_gates(hyperparams: Mapping[str, Any], factor: Float[Array, "*layers"]) -> Hyperparams:

@@ -159,7 +159,9 @@ def _label_leaf(path: Path, own: list[tuple[str, str]], scopes: Scopes) -> Label
 
 
 def _pairs(rules: Rules) -> list[tuple[str, str]]:
-    return list(rules.items() if isinstance(rules, Mapping) else rules)
+    if isinstance(rules, Mapping):
+        return list(rules.items())
+    return list(rules)
 
 
 def _show(paths: list[Path]) -> str:
