@@ -64,7 +64,7 @@ def paired(result: Result, reference: Result) -> tuple[float, float, float]:
     """The median difference of held-out losses by seed, with its 95 % bootstrap interval."""
     differences = np.asarray(result.test_loss - reference.test_loss)
     if np.ptp(differences) == 0:
-        return (float(differences[0]),) * 3
+        return float(differences[0]), float(differences[0]), float(differences[0])
     interval = stats.bootstrap(
         (differences,), np.median, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval

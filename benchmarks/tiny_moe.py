@@ -50,7 +50,7 @@ class Result(NamedTuple):
     """What training led to, of one seed or stacked over seeds."""
 
     params: Params
-    opt_state: optax.OptState
+    opt_state: mo.InjectMetaHyperparamsState
     history: dict[str, Array]
     test_loss: Float[Array, "..."]
     test_accuracy: Float[Array, "..."]
@@ -127,7 +127,7 @@ def train(arm: Arm, seeds: Int[Array, " seeds"], steps: int) -> Result:
         grads, (loss, routing) = differentiate(params, batch, weight)
         metrics = mo.router_metrics(routing.probs, routing.selected)
         updates, state = tx.update(grads, state, params, value=loss, **metrics)
-        history = {**metrics, **state.hyperparams, "value": loss}
+        history = {**metrics, **optax.tree.get(state, "hyperparams"), "value": loss}
         return (optax.apply_updates(params, updates), state), history
 
     def run(seed: Int[Array, ""]) -> Result:

@@ -10,9 +10,13 @@ from jax.core import Tracer
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike as Scalar
+
+    Pair = tuple[Scalar, Scalar]
+    Flag = bool
+    Size = int
 else:
     # What is no number has to reach the checks here, also where types are checked at run time.
-    Scalar = Any
+    Scalar = Pair = Flag = Size = Any
 
 _MOST = np.iinfo(np.int32).max
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meta_optax import _checks
-from meta_optax._checks import Scalar
+from meta_optax._checks import Flag, Scalar, Size
 from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
@@ -39,9 +39,9 @@ def expert_gate(
     expert_lr_factor: Scalar = 1.0,
     entropy_threshold: Scalar = 0.8,
     update_frequency: Scalar = 1,
-    normalized_entropy: bool = False,
-    per_layer: bool = False,
-    num_layers: int | None = None,
+    normalized_entropy: Flag = False,
+    per_layer: Flag = False,
+    num_layers: Size | None = None,
 ) -> MetaOptimizer:
     r"""Learning rates of gates and experts apart, the gate's halved while its entropy is low.
 
@@ -123,12 +123,12 @@ def expert_gate(
     )
 
 
-def name_entropy(normalized: bool) -> str:
+def name_entropy(normalized: Flag) -> str:
     """The metric that the threshold of the entropy is compared with."""
     return "gate_entropy_normalized" if normalized else "gate_entropy"
 
 
-def check_threshold(threshold: Scalar, normalized: bool) -> Any:
+def check_threshold(threshold: Scalar, normalized: Flag) -> Any:
     """The threshold, in nats or as a share of log E."""
     if _checks.flag("normalized_entropy", normalized):
         return _checks.real("entropy_threshold", threshold, high=1.0)

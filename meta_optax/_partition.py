@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from meta_optax import _checks
+from meta_optax._checks import Size
 from meta_optax._core import CONTROLLED_GROUPS, layer_form
 from meta_optax._groups import (
     UNCONTROLLED,
@@ -31,7 +32,7 @@ def moe_partition(
     inner_factory: Callable[..., optax.GradientTransformation],
     labels: Labels,
     *,
-    num_layers: int | None = None,
+    num_layers: Size | None = None,
     layer_axis: int | None = None,
     balance_rule: str = "sign",
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_optax import _checks
-from meta_optax._checks import Scalar
+from meta_optax._checks import Flag, Scalar, Size
 from meta_optax._core import Hyperparams, MetaOptimizer, Metrics, hold_nonfinite, observe_every
 from meta_optax._expert_gate import check_threshold, name_entropy
 from meta_optax._history import Window, empty_window, is_full, push
@@ -57,10 +57,10 @@ def smart_expert_gate(
     sparsity_tolerance: Scalar = 0.1,
     specialization_bonus: Scalar = 1.2,
     update_frequency: Scalar = 1,
-    normalized_entropy: bool = False,
+    normalized_entropy: Flag = False,
     specialization_threshold: Scalar = 0.5,
-    per_layer: bool = False,
-    num_layers: int | None = None,
+    per_layer: Flag = False,
+    num_layers: Size | None = None,
 ) -> MetaOptimizer:
     r"""Rates and decay of gates and experts from entropy, sparsity and the experts' usage.
 

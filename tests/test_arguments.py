@@ -1,5 +1,6 @@
 """Arguments out of range: an error that names the argument and the value, when it is built."""
 
+import functools
 import math
 
 import jax
@@ -16,6 +17,7 @@ AT_LEAST_ZERO = [-1.0, -1e-9, math.nan, -math.inf, "1", None, [1.0], 1j]
 FACTORS = [0.0, 1.0, -0.5, 1.5, math.nan, math.inf, "0.5", None, True]
 GROWTHS = [0.5, -1.0, math.nan, "2", None]
 SHARES = [-0.1, 1.1, math.nan, None]
+FLAGS = [1, None, "yes"]
 
 BAD = [
     (mo.plateau, "patience", POSITIVE_INTEGERS),
@@ -47,6 +49,16 @@ BAD = [
     (mo.smart_expert_gate, "sparsity_tolerance", SHARES),
     (mo.smart_expert_gate, "specialization_bonus", [*AT_LEAST_ZERO, math.inf]),
     (mo.smart_expert_gate, "update_frequency", POSITIVE_INTEGERS),
+    (mo.smart_expert_gate, "specialization_threshold", SHARES),
+    *(
+        (make, name, FLAGS)
+        for make in (mo.expert_gate, mo.smart_expert_gate)
+        for name in ("normalized_entropy", "per_layer")
+    ),
+    *(
+        (functools.partial(make, per_layer=True), "num_layers", POSITIVE_INTEGERS)
+        for make in (mo.expert_gate, mo.smart_expert_gate, mo.guard_collapse)
+    ),
 ]
 CASES = [(make, name, value) for make, name, values in BAD for value in values]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meta_optax import _checks
-from meta_optax._checks import Scalar
+from meta_optax._checks import Pair, Scalar
 from meta_optax._core import (
     ANY_HYPERPARAM,
     BASE_PREFIX,
@@ -42,8 +42,8 @@ class AdaptAuxLossState(NamedTuple):
 
 def adapt_aux_loss(
     *,
-    drop_band: tuple[Scalar, Scalar] = (0.01, 0.05),
-    violation_band: tuple[Scalar, Scalar] = (0.25, 0.5),
+    drop_band: Pair = (0.01, 0.05),
+    violation_band: Pair = (0.25, 0.5),
     factor: Scalar = 1.05,
     smoothing: Scalar = 0.9,
     min_weight: Scalar = 1e-4,

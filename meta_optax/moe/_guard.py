@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_optax import _checks
-from meta_optax._checks import Scalar
+from meta_optax._checks import Flag, Pair, Scalar, Size
 from meta_optax._core import (
     ANY_HYPERPARAM,
     Hyperparams,
@@ -21,6 +21,7 @@ from meta_optax._core import (
 )
 from meta_optax._history import smooth
 from meta_optax._layered import shape_of_layers
+from meta_optax._rules import is_exactly
 
 _METRICS = ("load_entropy_normalized", "dead_experts", "max_violation", "gate_entropy_normalized")
 _RULES = ("load_entropy", "dead_experts", "max_violation", "health returned")
@@ -62,9 +63,9 @@ class GuardCollapseState(NamedTuple):
 
 def guard_collapse(
     *,
-    load_entropy: tuple[Scalar, Scalar] = (0.7, 0.9),
-    dead_experts: tuple[Scalar, Scalar] = (0.3, 0.15),
-    max_violation: tuple[Scalar, Scalar] = (1.0, 0.5),
+    load_entropy: Pair = (0.7, 0.9),
+    dead_experts: Pair = (0.3, 0.15),
+    max_violation: Pair = (1.0, 0.5),
     undecided_entropy: Scalar = 0.95,
     smoothing: Scalar = 0.8,
     patience: Scalar = 3,
@@ -73,8 +74,8 @@ def guard_collapse(
     aux_loss_weight: Scalar = 0.3,
     balance_update_rate: Scalar = 1e-3,
     update_frequency: Scalar = 1,
-    per_layer: bool = False,
-    num_layers: int | None = None,
+    per_layer: Flag = False,
+    num_layers: Size | None = None,
 ) -> MetaOptimizer:
     r"""Acts while a router collapses: slows the gate, and raises what balances the load.
 
@@ -121,7 +122,8 @@ def guard_collapse(
       smoothing: how much of the averages a look keeps, in [0, 1).
       patience: looks of collapse before it acts, an integer >= 1.
       release_patience: looks of health before it first lets go, an integer >= 1.
-      gate_lr_factor: what the gate's rate is multiplied by while it acts, in [0, 1].
+      gate_lr_factor: what the gate's rate is multiplied by while it acts, in [0, 1]; exactly 1
+        leaves the gate's rate alone, for optimizers without groups.
       aux_loss_weight: the least weight of the auxiliary loss while it acts, >= 0, for a loss that
         is 1 when the load is even (Switch's; MaxText's is k then, Levanter's 1 / k).
       balance_update_rate: the least rate of the balance bias while it acts, >= 0.
@@ -215,7 +217,9 @@ def guard_collapse(
         )
 
     def apply(state: GuardCollapseState, hyperparams: Mapping[str, Any]) -> Hyperparams:
-        out = _slow_gates(hyperparams, jnp.where(state.is_acting, gate_factor, 1.0))
+        out = dict(hyperparams)
+        if not is_exactly(gate_factor, 1.0):
+            out = _slow_gates(hyperparams, jnp.where(state.is_acting, gate_factor, 1.0))
         for name, value in least.items():
             if name in hyperparams:
                 base = jnp.asarray(hyperparams[name]).astype(jnp.float32)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from meta_optax.moe._paths import Path, leaves_with_paths, natural
 from meta_optax.moe._rules import Scopes, matching_rules
 
 PyTree = Any
-Rules = Mapping[str, str] | Iterable[tuple[str, str]]
+Rules = Mapping[str, str] | Sequence[tuple[str, str]]
 
 # How many paths an error shows.
 _SHOWN = 12
