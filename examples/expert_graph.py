@@ -97,9 +97,11 @@ def make_optimizer() -> optax.GradientTransformationExtraArgs:
         warmup_steps=50, patience=5, trend_window=5, min_lr=1e-5, update_frequency=CONTROL_EVERY
     )
     gate = mo.smart_expert_gate(gate_lr_factor=1.0, update_frequency=CONTROL_EVERY)
+    guard = mo.guard_collapse()
     controlled = mo.inject_meta_hyperparams(
         mo.moe_partition(optax.adamw, mo.label_moe_params),
-        mo.with_decisions(mo.chain(plateau, gate), capacity=512),
+        mo.with_decisions(mo.chain(plateau, gate, guard), capacity=512),
+        free_hyperparams={"aux_loss_weight": BALANCE_WEIGHT},
     )
     return controlled(
         learning_rate=GRAPH_RATE,
@@ -113,7 +115,10 @@ def make_optimizer() -> optax.GradientTransformationExtraArgs:
 
 
 def loss_and_statistics(
-    graphdef: nnx.GraphDef, params: PyTree, batch: Samples
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    batch: Samples,
+    aux_loss_weight: Float[Array, ""] | float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Returns the training loss, and what there is to say about a batch."""
     digit = jnp.asarray(batch["digit"])
@@ -131,7 +136,7 @@ def loss_and_statistics(
         parts["cross_entropy"]
         + GRAPH_WEIGHT * parts["graph_loss"]
         + DIVERSITY_WEIGHT * parts["diversity_loss"]
-        + BALANCE_WEIGHT * parts["balance_loss"]
+        + aux_loss_weight * parts["balance_loss"]
     )
     accuracy = (output.logits.argmax(axis=-1) == digit).mean()
     return loss, {

@@ -20,9 +20,12 @@ SMOOTHING = 0.98
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Array]
-# From a model's structure, its params and a batch to the loss to descend, and what there is to say
-# of the batch: a "loss" to show the controller, and `meta_optax.router_metrics`.
-LossFn = Callable[[nnx.GraphDef, PyTree, Any], tuple[Float[Array, ""], Metrics]]
+# From a model's structure, its params, a batch and the weight of the balance loss to the loss to
+# descend, and what there is to say of the batch: a "loss" to show the controller, and
+# `meta_optax.router_metrics`.
+LossFn = Callable[
+    [nnx.GraphDef, PyTree, Any, Float[Array, ""] | float], tuple[Float[Array, ""], Metrics]
+]
 
 
 class TrainState(NamedTuple):
@@ -55,7 +58,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Makes one update, and shows the controller what it did to loss and routers."""
     differentiate = jax.grad(loss_fn, argnums=1, has_aux=True)
-    grads, metrics = differentiate(graphdef, state.params, batch)
+    # A free hyperparameter: the controller set it at the step before.
+    weight = optax.tree.get(state.opt_state, "aux_loss_weight")
+    grads, metrics = differentiate(graphdef, state.params, batch, weight)
     smoothed = SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * metrics["loss"]
     # Each strategy takes the metrics that it knows, and leaves the others alone.
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=smoothed, **metrics)
@@ -63,7 +68,7 @@ def train_step(
     rates = {
         name: value
         for name, value in optax.tree.get(opt_state, "hyperparams").items()
-        if name.endswith(("learning_rate", "weight_decay"))
+        if name.endswith(("learning_rate", "weight_decay", "aux_loss_weight"))
     }
     return TrainState(params, opt_state, smoothed), {**metrics, **rates, "smoothed_loss": smoothed}
 

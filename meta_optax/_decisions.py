@@ -18,6 +18,7 @@ from meta_optax._core import (
     Metrics,
     State,
     forms,
+    group_name,
     plain_name,
     protect,
     read_step,
@@ -165,6 +166,8 @@ def _is_log(node: Any) -> bool:
 def format_decisions(decisions: Iterable[Decision]) -> str:
     """Decisions as lines for people; a rule that fires step after step is one line.
 
+    So is one that changes several layers' rates alike at one step (``gate_*_learning_rate``).
+
     Args:
       decisions: what `read_decisions` gave, or a part of it.
 
@@ -179,7 +182,7 @@ def format_decisions(decisions: Iterable[Decision]) -> str:
     """
     runs: list[list[Decision]] = []
     latest: dict[tuple[str, str], list[Decision]] = {}
-    for decision in decisions:
+    for decision in _merge_layers(decisions):
         key = (decision.hyperparam, decision.reason)
         run = latest.get(key)
         if run is not None and decision.step == run[-1].step + 1:
@@ -188,6 +191,16 @@ def format_decisions(decisions: Iterable[Decision]) -> str:
             latest[key] = [decision]
             runs.append(latest[key])
     return "\n".join(_format_run(run) for run in runs) or "no decisions"
+
+
+def _merge_layers(decisions: Iterable[Decision]) -> list[Decision]:
+    """One decision for all those that differ in the layer alone."""
+    alike: dict[Decision, list[Decision]] = {}
+    for decision in decisions:
+        group = group_name(decision.hyperparam)
+        kind = group.replace("_", "_*_", 1) if group != decision.hyperparam else group
+        alike.setdefault(decision._replace(hyperparam=kind), []).append(decision)
+    return [own[0] if len(own) == 1 else merged for merged, own in alike.items()]
 
 
 def _format_run(run: list[Decision]) -> str:
@@ -283,7 +296,8 @@ def _reason(
     name: str, rules: Mapping[str, tuple[Int[Array, ""], tuple[str, ...]]], hyperparam: str
 ) -> UInt8[Array, " reason_bytes"]:
     """The text of the rule behind a hyperparameter, behind the plain one of its form, or any."""
-    rule = rules.get(hyperparam) or rules.get(plain_name(hyperparam)) or rules.get(ANY_HYPERPARAM)
+    names = (hyperparam, group_name(hyperparam), plain_name(hyperparam), ANY_HYPERPARAM)
+    rule = next((rules[key] for key in names if key in rules), None)
     index, texts = rule or (jnp.zeros([], jnp.int32), (name,))
     return jnp.asarray(np.stack([_encode(text, _REASON_BYTES) for text in texts]))[index]
 

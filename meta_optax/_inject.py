@@ -96,8 +96,9 @@ def inject_meta_hyperparams(
       free_hyperparams: hyperparameters that something else than the optimizer needs, such as
         ``{"aux_loss_weight": 1e-2}`` for the loss: each a number, a scalar array or an Optax
         schedule. Strategies change them like any other, and the loss reads them with
-        ``optax.tree.get(opt_state, "aux_loss_weight")``, inside the jitted step. Since the loss
-        comes before the update, what a step's metrics make of one is in force at the next step.
+        ``optax.tree.get(opt_state, "aux_loss_weight")``, inside the jitted step. The loss comes
+        before the update: what a step's metrics make of one is in force at the next step, and a
+        schedule's value is always that of the step that reads it.
 
     Returns:
       A function that takes the factory's arguments, each a number, a scalar array or an Optax
@@ -137,7 +138,7 @@ def inject_meta_hyperparams(
         )
 
     free = dict(free_hyperparams or {})
-    _check_free(free, signature)
+    _check_free(free, signature, meta)
 
     @functools.wraps(inner_factory)
     def wrapped_factory(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
@@ -150,6 +151,9 @@ def inject_meta_hyperparams(
 
         def taken(used: Hyperparams) -> Hyperparams:
             return {name: value for name, value in used.items() if name not in free}
+
+        def free_of(values: Hyperparams) -> Hyperparams:
+            return {name: value for name, value in values.items() if name in free}
 
         def inner(used: Hyperparams) -> optax.GradientTransformationExtraArgs:
             # A new set of arguments: values of one trace must not outlive it.
@@ -207,8 +211,13 @@ def inject_meta_hyperparams(
                 key: schedule.update(state.schedule_states[key], **extra_args)
                 for key, schedule in arguments.stateful.items()
             }
+            count = jnp.asarray(optax.safe_increment(state.count))
+            if free.keys() & arguments.schedules.keys():
+                # The loss reads them before the next update does: theirs is the next step.
+                ahead = base | free_of(_scheduled(arguments, count, states, extra_args))
+                used |= free_of(apply_safely(meta, meta_state, ahead, state.hyperparams, names))
             return _cast_like(new_updates, updates), state._replace(
-                count=optax.safe_increment(state.count),
+                count=count,
                 hyperparams=used,
                 schedule_states=states,
                 meta_state=meta_state,
@@ -282,8 +291,10 @@ def _controlled_keys(
     return names
 
 
-def _check_free(free: Mapping[str, Any], signature: inspect.Signature) -> None:
+def _check_free(free: Mapping[str, Any], signature: inspect.Signature, meta: MetaOptimizer) -> None:
     for name, value in free.items():
+        if name in ("step", *meta.metrics):
+            raise ValueError(f"free_hyperparams has {name!r}, which is the name of a metric.")
         if name in signature.parameters:
             raise ValueError(
                 f"free_hyperparams has {name!r}, which is an argument of the factory: give it to "

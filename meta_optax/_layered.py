@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from meta_optax import _checks
-from meta_optax._core import Hyperparams, layer_form
+from meta_optax._core import Hyperparams, group_name, layer_form
 
 
 def shape_of_layers(per_layer: Any, num_layers: Any) -> tuple[int, ...]:
@@ -67,6 +67,11 @@ def scale_groups(
                     form = layer_form(group, layer, name)
                     own = jnp.asarray(hyperparams.get(form, base)).astype(jnp.float32)
                     out[form] = own * each[layer]
-            else:
-                out[f"{group}_{name}"] = jnp.asarray(base).astype(jnp.float32) * scale
+                continue
+            form = f"{group}_{name}"
+            # Where somebody before has set rates of layers, those are the ones in force.
+            of_layers = [key for key in hyperparams if key != form and group_name(key) == form]
+            for key in (form, *of_layers):
+                own = jnp.asarray(hyperparams.get(key, base)).astype(jnp.float32)
+                out[key] = own * scale
     return out

@@ -96,7 +96,8 @@ def reset(opt_state: Any, tx: Any, params: Any) -> Any:
     if _layout(shapes) != _layout(opt_state):
         raise ValueError(
             "The state does not belong to this transformation and these params: structures, shapes "
-            "or dtypes differ. Of an nnx.Optimizer, pass nnx.as_pure(optimizer.opt_state)."
+            "or dtypes differ. Of an nnx.Optimizer, pass nnx.as_pure(optimizer.opt_state) and "
+            "nnx.as_pure(nnx.state(model, nnx.Param))."
         )
     # Only the strategies' states leave the computation, so XLA makes no second set of moments.
     fresh = jax.jit(lambda: [n.meta_state for n in _nodes(tx.init(params), _is_own)])()

@@ -147,6 +147,22 @@ class TestGuard:
         with pytest.raises(ValueError, match=r"nothing to control.*'momentum'"):
             meta.apply(state, {"momentum": 0.9})
 
+    def test_all_layers_gates_are_slowed_where_some_have_forms_of_their_own(self):
+        meta = self._guard()
+        state = _run(meta, [COLLAPSED] * 2)
+        used = _used(meta, state, {"learning_rate": 1.0, "gate_1_learning_rate": 0.5})
+        expected = {"gate_learning_rate": 0.1, "gate_1_learning_rate": 0.05}
+        assert used == pytest.approx(expected)
+
+    @pytest.mark.parametrize("gate_first", [False, True])
+    def test_in_a_chain_with_a_strategy_for_all_layers(self, gate_first):
+        layered = mo.guard_collapse(per_layer=True, num_layers=2)
+        parts = [mo.expert_gate(entropy_threshold=0.0), layered]
+        meta = mo.chain(*(parts if gate_first else parts[::-1]))
+        used = meta.apply(meta.init(), {"learning_rate": jnp.float32(1.0)})
+        rates = [float(used[f"gate_{layer}_learning_rate"]) for layer in range(2)]
+        assert rates == pytest.approx([0.1, 0.1])
+
     def test_a_factor_of_one_leaves_the_gate_alone(self):
         meta = self._guard(gate_lr_factor=1.0)
         out = meta.apply(_run(meta, [COLLAPSED] * 2), {"learning_rate": 1.0, "aux_loss_weight": 0})
@@ -245,6 +261,21 @@ class TestAdaptAuxLoss:
             weight = float(meta.apply(state, {"aux_loss_weight": base})["aux_loss_weight"])
             is_out = base in (0.0, 0.5 if violation else 1e-6)
             assert weight == pytest.approx(base) if is_out else further(weight, base) == weight
+
+    @pytest.mark.parametrize(("before", "after"), [(0.0, 0.01), (1e-3, 5e-2)])
+    def test_no_windup_under_a_base_that_moves(self, before, after):
+        """What was balanced, or at a bound, for long turns within a few looks of a new base."""
+        meta = mo.adapt_aux_loss(smoothing=0.0, factor=2.0)
+        calm, uneven = (0.0, 2.0) if before == 0.0 else (2.0, 0.0)
+        state = meta.init()
+        for _ in range(100):
+            state = _look(meta, state, calm, base_aux_loss_weight=jnp.float32(before))
+        weights = []
+        for _ in range(2):
+            state = _look(meta, state, uneven, base_aux_loss_weight=jnp.float32(after))
+            weights.append(float(meta.apply(state, {"aux_loss_weight": after})["aux_loss_weight"]))
+        expected = [0.02, 0.04] if before == 0.0 else [0.05, 0.025]
+        assert weights == pytest.approx(expected)
 
     def test_says_why(self):
         meta = mo.adapt_aux_loss(smoothing=0.0)

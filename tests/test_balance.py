@@ -81,6 +81,20 @@ class TestRule:
         np.testing.assert_array_equal(updates, np.zeros(4))
         assert int(state.nonfinite_count) == 1
 
+    def test_no_load_and_no_rate_are_held_and_counted(self):
+        for tx, load in (
+            (mo.balance_router_bias(rule="proportional"), jnp.zeros(4)),
+            (mo.balance_router_bias(lambda count: jnp.nan), USAGE),
+        ):
+            updates, state = _update(tx, jnp.zeros(4), expert_usage=load)
+            np.testing.assert_array_equal(updates, np.zeros(4))
+            assert int(state.nonfinite_count) == 1
+
+    def test_a_schedule_below_zero_is_clipped(self):
+        tx = mo.balance_router_bias(lambda count: -1.0)
+        updates, _ = _update(tx, jnp.zeros(4), expert_usage=USAGE)
+        np.testing.assert_array_equal(updates, np.zeros(4))
+
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
     def test_updates_leave_in_the_dtype_they_came_in(self, dtype):
         updates, _ = _update(mo.balance_router_bias(), jnp.zeros(4, dtype), expert_usage=USAGE)

@@ -81,9 +81,21 @@ def test_a_schedule_keeps_its_shape():
     p = params()
     state, seen = tx.init(p), []
     for _ in range(3):
+        seen.append(mo.read_hyperparams(state)["aux_loss_weight"])  # as the step's loss reads it
         _, state = tx.update(p, state, p, **_violating(3.0))
-        seen.append(mo.read_hyperparams(state)["aux_loss_weight"])
-    assert seen == pytest.approx([0.02, 0.08, 0.1])
+    assert seen == pytest.approx([0.01, 0.02 * 2, 0.03 * 3.333333])
+
+
+def test_a_schedule_is_read_at_the_step_that_it_is_for():
+    values = jnp.array([1.0, 0.1, 0.01, 0.001])
+    free = {"aux_loss_weight": lambda count: values[jnp.minimum(count, 3)]}
+    tx = mo.inject_meta_hyperparams(optax.sgd, mo.plateau(), free_hyperparams=free)(0.1)
+    p = params()
+    state, seen = tx.init(p), []
+    for _ in range(4):
+        seen.append(float(optax.tree.get(state, "aux_loss_weight")))
+        _, state = tx.update(p, state, p, value=1.0)
+    assert seen == pytest.approx(values.tolist())
 
 
 def test_a_strong_array_survives_donation():
@@ -114,6 +126,8 @@ def test_reset_leaves_the_base():
     ("free", "message"),
     [
         ({"learning_rate": 0.1}, "'learning_rate', which is an argument of the factory"),
+        ({"value": 1.0}, "'value', which is the name of a metric"),
+        ({"step": 1.0}, "'step', which is the name of a metric"),
         ({"aux": None}, "needs a number or a schedule as 'aux', got None"),
         ({"aux": True}, "needs a number or a schedule as 'aux', got True"),
         ({"aux": "high"}, "needs a number or a schedule as 'aux', got 'high'"),

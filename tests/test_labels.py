@@ -59,6 +59,42 @@ def test_the_gate_of_a_gated_perceptron_is_no_router():
     assert labels["moe"]["gate"]["kernel"] == labels["moe"]["down"]["kernel"] == "expert"
 
 
+MOE = {"router": {"kernel": 0}, "experts": {"w1": 0}}
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [
+        {"lstm": {"gate_bias": 0}},
+        {"attn": {"gate_bias": 0, "gate_weight": 0, "gate": 0, "gate_proj": 0}},
+        {"mlp": {"gate": 0, "w1": 0, "w2": 0}},
+        {"mlp": {"gate": 0, "wi": 0, "wo": 0}},
+        {"shared": {"embedding": 0}},
+    ],
+)
+def test_what_is_dense_beside_a_mixture(dense):
+    labels = mo.label_moe_params({"moe": MOE, **dense})
+    assert set(jax.tree.leaves({k: labels[k] for k in dense})) == {"dense"}
+
+
+def test_a_perceptron_beside_a_module_of_experts_is_dense():
+    params = {**MOE, "mlp": {"wi": 0}, "linear": {"kernel": 0}}
+    labels = mo.label_moe_params(params)
+    assert labels["experts"]["w1"] == "expert"
+    assert labels["mlp"]["wi"] == labels["linear"]["kernel"] == "dense"
+
+
+def test_experts_that_are_counted():
+    params = {"moe": {"router": {"w": 0}, "expert_0": {"w": 0}, "expert_1": {"w": 0}}}
+    assert mo.label_moe_params(params)["moe"]["expert_1"]["w"] == "expert"
+
+
+@pytest.mark.parametrize("rules", ["router", ("router", "gate"), [("(", "gate")], {1: "gate"}])
+def test_rules_that_are_none(rules):
+    with pytest.raises(ValueError, match="rules must be pairs of a regular expression and a label"):
+        mo.label_moe_params({"moe": MOE}, rules=rules)
+
+
 def test_rules_go_first_and_the_first_that_is_found_wins():
     params = {"switch": {"w": 0}, "bank": {"w": 0}, "shared": {"embedding": 0}}
     labels = mo.label_moe_params(params, rules={"^switch": "gate", "switch|bank": "expert"})

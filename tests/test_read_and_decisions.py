@@ -271,6 +271,24 @@ class TestDecisions:
         rows = [row(i) for i in range(6)]
         assert mo.read_hyperparams(_run(plain, rows)) == mo.read_hyperparams(_run(logged, rows))
 
+    def test_layers_that_change_alike_are_one_line(self):
+        reason = "expert_gate: gate_entropy"
+        decisions = [
+            mo.Decision(7, f"gate_{layer}_learning_rate", 0.1, new, reason)
+            for layer, new in enumerate((0.05, 0.05, 0.01))
+        ]
+        assert mo.format_decisions(decisions).splitlines() == [
+            f"step 7: gate_*_learning_rate 0.1 -> 0.05 ({reason})",
+            f"step 7: gate_2_learning_rate 0.1 -> 0.01 ({reason})",
+        ]
+
+    def test_the_reason_of_a_layers_form_is_that_of_the_group(self):
+        meta = mo.chain(mo.smart_expert_gate(), mo.guard_collapse(per_layer=True, num_layers=1))
+        factory = mo.moe_partition(optax.adamw, LABELS, num_layers=1)
+        tx = mo.inject_meta_hyperparams(factory, mo.with_decisions(meta))(0.1)
+        reasons = {d.hyperparam: d.reason for d in mo.read_decisions(_run(tx, [row(1)]))}
+        assert reasons["gate_0_learning_rate"] == "smart_expert_gate: gate_entropy"
+
     def test_reading_is_one_transfer_and_compiles_nothing(self):
         state = _run(_logged(mo.plateau(patience=1)), [row(1)] * 3)
         with jax.transfer_guard("disallow"), jax.log_compiles(False):

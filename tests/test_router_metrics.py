@@ -178,6 +178,25 @@ class TestMeshes:
         expected = mo.router_metrics(probs, index, mask=mask)
         _assert_close(got, {k: np.asarray(v) for k, v in expected.items()})
 
+    @pytest.mark.parametrize("case", ["index", "top k", "logits", "one layer"])
+    def test_global_on_an_explicit_mesh(self, case):
+        """The default kind of mesh, on which a scatter has to be told where its result goes."""
+        probs, index, mask, _ = _routing(3, 2, 64, 4, 2)
+
+        def measure(p, i, m):
+            if case == "one layer":
+                return mo.router_metrics(p[0], i[0], mask=m[0])
+            if case == "logits":
+                return mo.router_metrics_from_logits(jnp.log(p), i, mask=m)
+            return mo.router_metrics(p, i if case == "index" else None, num_selected=2, mask=m)
+
+        expected = measure(probs, index, mask)
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+        with jax.set_mesh(mesh):
+            split = jax.NamedSharding(mesh, jax.P(None, "data"))
+            got = jax.jit(measure)(*(jax.device_put(x, split) for x in (probs, index, mask)))
+        _assert_close(got, {k: np.asarray(v) for k, v in expected.items()})
+
     @pytest.mark.parametrize("given_index", [False, True])
     def test_global_under_shard_map(self, given_index):
         """Devices have different numbers of tokens left by the mask."""
@@ -294,9 +313,25 @@ class TestBadInput:
             state = strategy.observe(strategy.init(), {"step": 0, **metrics})
             assert int(state.nonfinite_count) == 1
 
-    def test_nan_probabilities_are_no_error_but_a_hold(self):
-        metrics = mo.router_metrics(jnp.array([[jnp.nan, 0.5], [0.5, 0.5]]))
-        assert np.isnan(metrics["gate_entropy"])
+    @pytest.mark.parametrize("selected", [1, 2])
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_nan_probabilities_are_no_error_but_a_hold(self, selected, jit):
+        """Also of the load: a highest one is found among NaNs too."""
+        measure = functools.partial(mo.router_metrics, num_selected=selected)
+        measure = jax.jit(measure) if jit else measure
+        for probs in (jnp.array([[jnp.nan, 0.5], [0.5, 0.5]]), jnp.full([4, 2], jnp.nan)):
+            metrics = measure(probs)
+            assert all(np.isnan(value).all() for value in metrics.values())
+            _, state = mo.balance_router_bias().update(
+                jnp.zeros(2), mo.balance_router_bias().init(None), **metrics
+            )
+            assert int(state.nonfinite_count) == 1
+
+    def test_one_layer_of_nan_leaves_the_others_values(self):
+        probs = jnp.stack([jnp.full([4, 2], 0.5), jnp.full([4, 2], jnp.nan)])
+        metrics = mo.router_metrics(probs)
+        np.testing.assert_array_equal(np.isnan(metrics["max_violation_per_layer"]), [False, True])
+        assert np.isnan(metrics["max_violation"])
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -350,6 +385,21 @@ class TestAdapters:
         assert set(one) == LOAD_NAMES
         with pytest.raises(TypeError, match="'gate_entropy'"):
             mo.expert_gate().observe(mo.expert_gate().init(), {"step": 0, **one})
+
+    def test_layers_of_stacks_are_numbered_as_control_by_layer_numbers_them(self):
+        """Stacks that differ in a number alternate: each bias has to meet its own layer's load."""
+        first = np.tile([6.0, 0, 0, 0], (3, 1))
+        last = np.tile([0.0, 0, 0, 6], (3, 1))
+        counts = {"layers_0": {"load": first}, "layers_1": {"load": last}}
+        for metrics in (
+            mo.router_metrics_from_counts({k: v["load"] for k, v in counts.items()}),
+            mo.router_metrics_from_collection(counts, counts="load", stacked=True),
+        ):
+            biases = {f"layers_{i}": {"bias": jnp.zeros([3, 4])} for i in range(2)}
+            tx = mo.balance_router_bias(1.0)
+            updates, _ = tx.update(biases, tx.init(biases), **metrics)
+            np.testing.assert_allclose(updates["layers_0"]["bias"], [[-1.5, 0.5, 0.5, 0.5]] * 3)
+            np.testing.assert_allclose(updates["layers_1"]["bias"], [[0.5, 0.5, 0.5, -1.5]] * 3)
 
     def test_dropped_counts(self):
         counts = jnp.array([[4, 4], [6, 2]])

@@ -9,7 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from meta_optax.moe._paths import leaves_with_paths, natural
+from meta_optax.moe._layers import number_layers
+from meta_optax.moe._paths import Path, leaves_with_paths
 from meta_optax.moe._router_metrics import (
     AxisName,
     Layers,
@@ -131,7 +132,8 @@ def router_metrics_from_collection(
 
     Takes the collection that Flax Linen's ``sow`` fills (``mutable=["intermediates"]``), the state
     of `nnx.Intermediate` variables, or any nested dict: every array whose path holds the name is a
-    layer's, in the natural order of the paths (``layers_2`` before ``layers_10``).
+    layer's, in the natural order of the paths (``layers_2`` before ``layers_10``). Stacks whose
+    paths differ in numbers alone alternate, as `moe_partition` numbers layers too.
 
     Args:
       collection: the tree of recorded arrays.
@@ -192,18 +194,22 @@ def _recorded(collection: Any, name: str, *, ndim: int, stacked: bool) -> Array:
         # Batch and sequence become one axis of tokens.
         return array.reshape(*lead, *([-1] if ndim == 2 else []), *tail)
 
-    return _joined([layers(found[path]) for path in sorted(found, key=natural)], name)
+    return _joined({path: layers(leaf) for path, leaf in found.items()}, name)
 
 
 def _layers_of(mapping: Mapping[str, Any], *, ndim: int) -> Array:
     """The layers of a mapping, [L, ...], each value being of one or of several."""
     flat, _ = leaves_with_paths(dict(mapping))
-    arrays = [jnp.asarray(leaf) for _, leaf in sorted(flat, key=lambda item: natural(item[0]))]
-    return _joined([a if a.ndim == ndim + 1 else a[None] for a in arrays], "expert_counts")
+    arrays = {path: jnp.asarray(leaf) for path, leaf in flat}
+    layered = {path: a if a.ndim == ndim + 1 else a[None] for path, a in arrays.items()}
+    return _joined(layered, "expert_counts")
 
 
-def _joined(parts: list[Array], name: str) -> Array:
-    if len({part.shape[1:] for part in parts}) != 1:
-        shapes = [part.shape for part in parts]
+def _joined(parts: dict[Path, Array], name: str) -> Array:
+    """All layers, in the order in which control by layer numbers them."""
+    shapes = [part.shape for part in parts.values()]
+    if len({shape[1:] for shape in shapes}) != 1:
         raise ValueError(f"The layers of {name!r} differ in shape, {shapes}: measure them apart.")
-    return jnp.concatenate(parts)
+    numbers = number_layers({path: part.shape[0] for path, part in parts.items()})
+    order = np.argsort(np.concatenate([numbers[path] for path in parts]))
+    return jnp.concatenate(list(parts.values()))[order]

@@ -136,11 +136,11 @@ def adapt_aux_loss(
         drops, violates = drop > drop_high, violation > violation_high
         rises = drops | violates
         falls = (drop < drop_low) & (violation < violation_low)
-        scale = state.weight_scale * jnp.where(rises, step, jnp.where(falls, 1.0 / step, 1.0))
         low, high = _scale_range(metrics)
-        # At its bound the factor waits, so that it turns at once when the load does.
-        scale = jnp.where(rises, jnp.minimum(scale, jnp.maximum(high, state.weight_scale)), scale)
-        scale = jnp.where(falls, jnp.maximum(scale, jnp.minimum(low, state.weight_scale)), scale)
+        # At a bound the factor waits there, so that the weight turns at once when the load does.
+        scale = jnp.clip(state.weight_scale, low, high)
+        scale *= jnp.where(rises, step, jnp.where(falls, 1.0 / step, 1.0))
+        scale = jnp.clip(scale, low, high)
         rule = jnp.where(drops & violates, 2, jnp.where(violates, 1, jnp.where(drops, 0, 3)))
         return state._replace(
             seen=jnp.minimum(state.seen + 1, 1),
@@ -155,8 +155,11 @@ def adapt_aux_loss(
         if BASE_PREFIX + hyperparam not in metrics:
             return _FACTOR_RANGE
         base = jnp.asarray(metrics[BASE_PREFIX + hyperparam]).astype(jnp.float32)
-        divisor = jnp.where(base > 0, base, 1.0)
-        low, high = jnp.minimum(least / divisor, 1.0), jnp.maximum(most / divisor, 1.0)
+        # A base of 0 stays 0 whatever the factor, which then stays 1.
+        is_zero = base <= 0
+        divisor = jnp.where(is_zero, 1.0, base)
+        low = jnp.where(is_zero, 1.0, jnp.minimum(least / divisor, 1.0))
+        high = jnp.where(is_zero, 1.0, jnp.maximum(most / divisor, 1.0))
         return jnp.clip(low, *_FACTOR_RANGE), jnp.clip(high, *_FACTOR_RANGE)
 
     def apply(state: AdaptAuxLossState, hyperparams: Mapping[str, Any]) -> Hyperparams:

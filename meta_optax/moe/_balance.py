@@ -24,7 +24,7 @@ class BalanceRouterBiasState(NamedTuple):
     Attributes:
       layout_version: the version of this layout.
       count: the updates made, saturating; held ones too.
-      nonfinite_count: how often the load was not finite, and nothing was done.
+      nonfinite_count: how often the load or the rate was not finite, and nothing was done.
     """
 
     layout_version: Int[Array, ""]
@@ -57,7 +57,7 @@ def balance_router_bias(
 
     Args:
       update_rate: the step, >= 0 (1e-3 in the papers; 0 towards the end), or an Optax schedule.
-        Traced, as `inject_meta_hyperparams` passes it, it is clipped to that.
+        Traced, as `inject_meta_hyperparams` passes it, and of a schedule, it is clipped to that.
       rule: ``"sign"`` or ``"proportional"``.
       layer_axis: the axis along which layers are stacked in a bias, [L, E] or [E, L]; found from
         the sizes, or from the path where they are equal, if not given.
@@ -105,9 +105,10 @@ def balance_router_bias(
         if not shapes:
             return updates, state
         usage = _read_usage(extra_args)
-        is_finite = jnp.all(jnp.isfinite(usage))
         rate = update_rate(state.count) if callable(update_rate) else update_rate
-        steps = jnp.where(is_finite, rate * _directions(usage, rule), 0.0)
+        steps = jnp.maximum(rate, 0.0) * _directions(usage, rule)
+        is_finite = jnp.all(jnp.isfinite(usage)) & jnp.all(jnp.isfinite(steps))
+        steps = jnp.where(is_finite, steps, 0.0)
         layers = _layers_of(shapes, usage.shape, layer_axis)
         moved = [
             _place(steps, layers[path], leaf.shape).astype(leaf.dtype) if path in layers else leaf

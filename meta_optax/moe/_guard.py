@@ -66,7 +66,7 @@ def guard_collapse(
     load_entropy: Pair = (0.7, 0.9),
     dead_experts: Pair = (0.3, 0.15),
     max_violation: Pair = (1.0, 0.5),
-    undecided_entropy: Scalar = 0.95,
+    undecided_entropy: Scalar = 0.7,
     smoothing: Scalar = 0.8,
     patience: Scalar = 3,
     release_patience: Scalar = 100,
@@ -93,8 +93,8 @@ def guard_collapse(
     row make it let go; what lies in between resets both counts, and changes nothing. With each
     further intervention it holds four times as long, :math:`\text{release_patience} \cdot
     4^{n - 1}` looks in the n-th: where collapse returns, its cause is still there. An uneven load
-    under a router that is undecided (G near 1, as at the start of training) is no collapse: the
-    highest of nearly equal probabilities are chance. While it acts,
+    under a router that is undecided (G high, as at the start of training) is no collapse: which of
+    nearly equal probabilities is the highest is chance. While it acts,
 
     .. math::
       \text{gate lr} &\leftarrow \text{gate lr} \cdot \text{gate_lr_factor} \\
@@ -116,8 +116,9 @@ def guard_collapse(
         pair in [0, 1], the first at most the second.
       dead_experts: the shares of dead experts above which it is collapse and below which it is
         health, a pair in [0, 1], the first at least the second.
-      max_violation: the same for MaxVio, a pair >= 0. Where there are only three experts or fewer,
-        MaxVio is at most E - 1 and never above the default.
+      max_violation: the same for MaxVio, a pair >= 0. With m = T k / E slots an expert in a batch,
+        chance alone makes MaxVio about :math:`\sqrt{2 \log E / m}` where the load is even: for
+        small batches keep both above that. MaxVio is at most E / k - 1.
       undecided_entropy: the token entropy from which a router counts as undecided, in [0, 1].
       smoothing: how much of the averages a look keeps, in [0, 1).
       patience: looks of collapse before it acts, an integer >= 1.
@@ -188,9 +189,10 @@ def guard_collapse(
         return dict.fromkeys(names, shape)
 
     def observe(state: GuardCollapseState, metrics: Metrics) -> GuardCollapseState:
+        averages = (state.load_entropy, state.dead_experts, state.max_violation, state.gate_entropy)
         load, dead, violation, gate = (
             smooth(average, metrics[name], state.seen, kept)
-            for average, name in zip(state[1:5], names, strict=True)
+            for average, name in zip(averages, names, strict=True)
         )
         causes = jnp.stack([load < entropy_low, dead > dead_high, violation > worst])
         is_bad = causes.any(axis=0) & (gate < undecided)
@@ -262,7 +264,7 @@ def _slow_gates(hyperparams: Mapping[str, Any], factor: Float[Array, "*layers"])
             base = jnp.asarray(hyperparams.get(key, plain)).astype(jnp.float32)
             out[key] = base * factor[layer]
         return out
-    for key in of_layers or ([gate] if plain is not None else []):
+    for key in ([gate] if plain is not None else []) + of_layers:
         out[key] = jnp.asarray(hyperparams.get(key, plain)).astype(jnp.float32) * factor
     return out
 

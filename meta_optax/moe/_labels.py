@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -13,7 +13,10 @@ from meta_optax.moe._paths import Path, leaves_with_paths, natural
 from meta_optax.moe._rules import Scopes, matching_rules
 
 PyTree = Any
-Rules = Mapping[str, str] | Sequence[tuple[str, str]]
+if TYPE_CHECKING:
+    Rules = Mapping[str, str] | Sequence[tuple[str, str]]
+else:
+    Rules = Any  # Other things have to reach the check here, also where types are checked.
 
 # How many paths an error shows.
 _SHOWN = 12
@@ -159,9 +162,21 @@ def _label_leaf(path: Path, own: list[tuple[str, str]], scopes: Scopes) -> Label
 
 
 def _pairs(rules: Rules) -> list[tuple[str, str]]:
-    if isinstance(rules, Mapping):
-        return list(rules.items())
-    return list(rules)
+    """The rules as a list.
+
+    Raises:
+      ValueError: if they are no pairs of a regular expression and a label.
+    """
+    pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
+    for pair in pairs:
+        try:
+            pattern, _ = pair if not isinstance(pair, str) else (None, None)
+            re.compile(cast(str, pattern))
+        except (TypeError, ValueError, re.error) as error:
+            raise ValueError(
+                f"rules must be pairs of a regular expression and a label, got {pair!r}: {error}."
+            ) from error
+    return cast(list[tuple[str, str]], pairs)
 
 
 def _show(paths: list[Path]) -> str:

@@ -1,8 +1,8 @@
 """Which layer a leaf is of: one of many subtrees, or a slice along a stacked axis."""
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +10,6 @@ from jaxtyping import Array, Float
 
 from meta_optax.moe._paths import Path, natural
 from meta_optax.moe._rules import is_router
-
-PyTree = Any
 
 
 class LeafLayers(NamedTuple):
@@ -86,7 +84,8 @@ def find_layers(
             return _assign(caller, shapes, sizes[0], axes[0], depth)
     raise ValueError(
         f"{caller} looks for num_layers={num_layers} layers, which is not what there is: "
-        f"{_show(anchors)}. Correct it, or, if layers are stacked along an axis, pass layer_axis=."
+        f"{_show(anchors)}. Correct it, or, if layers are stacked along an axis, pass layer_axis= "
+        "(negative ones count from the end)."
     )
 
 
@@ -149,7 +148,7 @@ def _assign(
     axis: int,
     depth: int,
 ) -> dict[Path, LeafLayers]:
-    numbers = _number(sizes)
+    numbers = number_layers(sizes)
     found = {}
     for path, shape in shapes.items():
         layers = numbers.get(path[:depth])
@@ -164,14 +163,19 @@ def _assign(
         if not -len(shape) <= axis < len(shape) or shape[axis] != len(layers):
             raise ValueError(
                 f"{caller} expects {len(layers)} layers stacked along axis {axis} of "
-                f"{'/'.join(path)!r}, got shape {shape}. Pass the right layer_axis=."
+                f"{'/'.join(path)!r}, got shape {shape}. Pass the right layer_axis=, which counts "
+                "from the end if it is negative."
             )
         found[path] = LeafLayers(np.asarray(layers), axis)
     return found
 
 
-def _number(sizes: Mapping[Path, int]) -> dict[Path, list[int]]:
-    """Numbers the layers: those of like prefixes and sizes alternate, others follow."""
+def number_layers(sizes: Mapping[Path, int]) -> dict[Path, list[int]]:
+    """Numbers layers by the path and the size of each stack of them.
+
+    Stacks of one size whose paths differ in numbers alone alternate, others follow one another, in
+    the natural order of the paths.
+    """
     alike: dict[tuple[Path, int], list[Path]] = {}
     for prefix in sorted(sizes, key=natural):
         template = tuple(re.sub(r"\d+", "#", part) for part in prefix)
@@ -182,15 +186,6 @@ def _number(sizes: Mapping[Path, int]) -> dict[Path, list[int]]:
             numbers[prefix] = [start + i + j * len(prefixes) for j in range(size)]
         start += size * len(prefixes)
     return numbers
-
-
-def map_layers(
-    function: Callable[[Any, LeafLayers], Any],
-    leaves: list[tuple[Path, Any]],
-    layers: Mapping[Path, LeafLayers],
-) -> list[Any]:
-    """Applies a function to the leaves that are of some layer; the others stay."""
-    return [function(leaf, layers[path]) if path in layers else leaf for path, leaf in leaves]
 
 
 def _show(anchors: Mapping[Path, tuple[int, ...]]) -> str:

@@ -78,13 +78,14 @@ def router_metrics(
         They count as selected. Without it, ``drop_fraction`` is 0: nothing is known to be dropped.
 
     Returns:
-      A dict of float32 scalars, with ``expert_usage`` [E]. If the mask leaves no token, all of it
-      is NaN; if an index is outside [0, E) while traced, what depends on the indices is. Every
-      strategy holds its state on such values, and counts it.
+      A dict of float32 scalars, with ``expert_usage`` [E]. If the mask leaves no token, or a
+      probability is not finite, all of it is NaN; if an index is outside [0, E) while traced, what
+      depends on the indices is. Every strategy holds its state on such values, and counts it.
 
     Raises:
       ValueError: for shapes that do not fit one another; where values are known, not traced, for
-        probabilities that do not sum to 1 or an index outside [0, E).
+        probabilities that do not sum to 1 or an index outside [0, E). Under ``jit`` sums are not
+        looked at, and the entropy of what is no distribution is a number without a meaning.
 
     Example:
       >>> import jax.numpy as jnp, meta_optax as mo
@@ -110,10 +111,15 @@ def router_metrics(
     if axis_name is not None:
         tally = jax.lax.psum(tally, axis_name)
     slots = tally.tokens * (num_selected or 1 if index is None else index.shape[-1])
+    # Probabilities that are not finite still have a highest one, and so a load: it means nothing.
+    bad_probs = ~jnp.isfinite(tally.entropy)
+    bad_load = bad_probs | (tally.invalid > 0)
+    entropy, decided = _poison(bad_probs, tally.entropy, tally.decided)
+    selected, dropped_slots = _poison(bad_load, tally.selected, tally.dropped)
     by_layer = {
-        **token_metrics(tally.entropy / tally.tokens, tally.decided / tally.tokens, experts),
-        **load_metrics(_poison(tally.selected, tally.invalid[:, None])),
-        "drop_fraction": _poison(tally.dropped, tally.invalid) / slots,
+        **token_metrics(entropy / tally.tokens, decided / tally.tokens, experts),
+        **load_metrics(selected),
+        "drop_fraction": dropped_slots / slots,
     }
     return summarise(by_layer, layered=layered)
 
@@ -281,8 +287,7 @@ def _count(
     inside = (index >= 0) & (index < experts)
     # What is padding or out of range is counted at a place of its own, that is then cut off.
     place = jnp.where(inside & kept[..., None], index, experts).astype(jnp.int32)
-    none = jnp.zeros([experts + 1], jnp.int32)
-    counts = jax.vmap(lambda row: none.at[row].add(1))(place.reshape(layers, -1))
+    counts = _count_places(place, experts + 1)
     return _Tally(
         tokens=over_tokens(jnp.ones([layers, tokens], jnp.float32)),
         entropy=over_tokens(entropy),
@@ -293,6 +298,16 @@ def _count(
         else over_tokens(lost.sum(axis=-1, dtype=jnp.float32)),
         invalid=over_tokens((~inside).sum(axis=-1, dtype=jnp.float32)),
     )
+
+
+def _count_places(place: Int[Array, "layers tokens k"], places: int) -> Int[Array, "layers p"]:
+    """How often each place occurs in each layer, on every device."""
+    layer = jnp.arange(place.shape[0])[:, None, None]
+    # On a mesh with explicit axes, JAX wants to be told how a scatter's result is spread.
+    is_explicit = jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    replicated = jax.P(None, None) if is_explicit else None
+    none = jnp.zeros([place.shape[0], places], jnp.int32)
+    return none.at[layer, place].add(1, out_sharding=replicated)
 
 
 def _reduce_experts(
@@ -322,6 +337,8 @@ def _reduce_experts(
     return jax.lax.reduce(operands, (zero, lowest, none), combine, (2,))
 
 
-def _poison(values: Array, when: Array) -> Array:
-    """NaN where there is a reason for it."""
-    return jnp.where(when > 0, jnp.nan, values)
+def _poison(bad: Bool[Array, " layers"], *values: Array) -> list[Array]:
+    """The values with NaN for the layers that are bad."""
+    return [
+        jnp.where(jnp.expand_dims(bad, range(1, value.ndim)), jnp.nan, value) for value in values
+    ]

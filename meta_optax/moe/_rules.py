@@ -6,24 +6,27 @@ from collections.abc import Sequence
 from meta_optax.moe._paths import Path
 
 # All are matched against whole parts of a path, in lower case.
-_ROUTER = re.compile(r"(w_)?routers?(_\d+)?(_(weights?|kernel|logits|scale))?|gate_weight")
-_EXPERTS = re.compile(r"((local|per)_)?experts?(_mlps?|_scale)?|we_\w+")
+_ROUTER = re.compile(r"(w_)?routers?(_\d+)?(_(weights?|kernel|logits|scale))?")
+_EXPERTS = re.compile(r"((local|per)_)?experts?(_\d+)?(_mlps?|_scale)?|we_\w+")
 _SHARED = re.compile(r"shared_(experts?|mlp)(_\w+)?|ws_\w+")
+_EXPERTS_MODULE = re.compile(r"(local_)?experts?|expert_mlps?")
 # What a perceptron is made of: beside a router, it is the experts'.
 _PERCEPTRON = re.compile(
     r"(wi(_\d+)?|wo|w\d|w_(in|out|gate|up|down|gate_up)|(gate|up|down|gate_up)_proj|gate|up|down"
     r"|gating_einsum|linear|mlp|fc\d)(_weight|_bias)?"
 )
-# A module with one of these beside a part called `gate` has its experts there, and `gate` is no
-# third projection of them, as it is beside `up` and `down`.
-_BESIDE_A_GATE = re.compile(r"experts?|expert_\w+|local_experts|wi(_\d+)?|(gate|gate_up)_proj|w\d")
+# Names that are a router's only in a module of experts; elsewhere they are something else's.
+_GATE = re.compile(r"gate(_weight)?")
+# A perceptron that is complete without a part called `gate`.
+_COMPLETE = ({"wi_0", "wi_1"}, {"wi_0_weight"}, {"gate_proj", "up_proj"}, {"gate_up_proj"})
+_COMPLETE += ({"w1", "w2", "w3"},)
+_MOE_NAME = re.compile(r"\w*moe\w*|\w*experts?")
 _BIAS = re.compile(r"bias|b")
 _ROUTER_BIAS = re.compile(r"w_router_bias")
-# Biases that only choose: a balance rule sets them. Those of Marin, axlearn and jax-llm-examples
-# are named as if they were learned.
-_BALANCE_BIAS = re.compile(
-    r"(e_score_)?correction_bias|(expert|balance|balancing)_bias|router_bias|gate_bias|b_router"
-)
+# Biases that only choose: a balance rule sets them.
+_BALANCE_BIAS = re.compile(r"(e_score_)?correction_bias|(expert|balance|balancing)_bias")
+# Those of Marin, axlearn and jax-llm-examples, which only beside a router are that.
+_ROUTERS_BALANCE_BIAS = re.compile(r"router_bias|gate_bias|b_router")
 # MaxText calls this model's balance bias and the learned one of others `gate/bias`.
 _BALANCED_BLOCK = re.compile(r"deepseek\w*|kimi\w*")
 _SHARED_WEIGHT = re.compile(r"w_(gate|up|down|gate_up)")
@@ -31,7 +34,7 @@ _SHARED_WEIGHT = re.compile(r"w_(gate|up|down|gate_up)")
 
 def is_router(part: str) -> bool:
     """Whether a part of a path can be a router's name."""
-    return part.lower() == "gate" or bool(_ROUTER.fullmatch(part.lower()))
+    return any(pattern.fullmatch(part.lower()) for pattern in (_GATE, _ROUTER))
 
 
 class Scopes:
@@ -51,8 +54,18 @@ class Scopes:
     def has_gate(self, scope: Path) -> bool:
         """Whether what is called ``gate`` in this module is a router."""
         names = self._names.get(scope, set())
-        is_projection = {"up", "down"} <= names or self.holds(scope, _ROUTER)
-        return "gate" in names and not is_projection and self.holds(scope, _BESIDE_A_GATE)
+        if not self.holds(scope, _GATE) or {"up", "down"} <= names or self.holds(scope, _ROUTER):
+            return False
+        is_named = bool(scope) and bool(_MOE_NAME.fullmatch(scope[-1].lower()))
+        return (
+            self.holds(scope, _EXPERTS)
+            or any(complete <= names for complete in _COMPLETE)
+            or (is_named and self.holds(scope, _PERCEPTRON))
+        )
+
+    def has_router(self, scope: Path) -> bool:
+        """Whether this module has a router, of whatever name."""
+        return self.holds(scope, _ROUTER) or self.has_gate(scope)
 
 
 def matching_rules(path: Path, scopes: Scopes) -> dict[str, str]:
@@ -62,7 +75,8 @@ def matching_rules(path: Path, scopes: Scopes) -> dict[str, str]:
     found: dict[str, str] = {}
     if any(map(_SHARED.fullmatch, parts)) or _is_shared_weight(parts):
         found["shared expert"] = "shared_expert"
-    if _BALANCE_BIAS.fullmatch(name):
+    beside_router = any(map(scopes.has_router, (path[:-1], path[:-2])))
+    if _BALANCE_BIAS.fullmatch(name) or (_ROUTERS_BALANCE_BIAS.fullmatch(name) and beside_router):
         return found | {"balance bias": "balance_bias"}
     in_experts = any(map(_EXPERTS.fullmatch, parts))
     if in_experts:
@@ -85,15 +99,17 @@ def _router(path: Path, parts: list[str], scopes: Scopes, *, in_experts: bool) -
     """Which rule finds a router in the path."""
     if any(map(_ROUTER.fullmatch, parts)):
         return "router"
-    is_gate = (part == "gate" and scopes.has_gate(path[:i]) for i, part in enumerate(parts))
+    is_gate = (_GATE.fullmatch(part) and scopes.has_gate(path[:i]) for i, part in enumerate(parts))
     # Among the experts themselves, a gate is the gate of each one's perceptron.
     return "gate beside experts" if not in_experts and any(is_gate) else None
 
 
 def _is_beside_router(path: Path, parts: list[str], scopes: Scopes) -> bool:
+    """Whether a perceptron's part stands beside a router, and no module of experts does."""
     return any(
         _PERCEPTRON.fullmatch(part)
-        and (scopes.has_gate(path[:i]) or scopes.holds(path[:i], _ROUTER))
+        and scopes.has_router(path[:i])
+        and not scopes.holds(path[:i], _EXPERTS_MODULE)
         for i, part in enumerate(parts)
     )
 
