@@ -59,7 +59,9 @@ def draw_rates(axes: Axes, records: Records, *, dense: str = "dense") -> None:
     for (group, (name, color)), width in zip(RATES.items(), widths, strict=True):
         draw_line(axes, records, name, color=color, lw=width, label=names.get(group, group))
     axes.set(title="Learning rate by group", xlabel="step", yscale="log")
-    axes.legend(loc="best")
+    # Room above the lines, so that none runs behind the legend.
+    axes.set_ylim(top=3 * axes.get_ylim()[1])
+    axes.legend(loc="upper center", ncols=3)
 
 
 def draw_gate(axes: Axes, records: Records, *, unit: str = "tokens") -> None:

@@ -164,7 +164,7 @@ def _is_log(node: Any) -> bool:
 
 
 def format_decisions(decisions: Iterable[Decision]) -> str:
-    """Decisions as lines for people; a rule that fires step after step is one line.
+    """Decisions as lines for people; a rule that fires at each step, or look, is one line.
 
     So is one that changes several layers' rates alike at one step (``gate_*_learning_rate``).
 
@@ -185,12 +185,15 @@ def format_decisions(decisions: Iterable[Decision]) -> str:
     for decision in _merge_layers(decisions):
         key = (decision.hyperparam, decision.reason)
         run = latest.get(key)
-        if run is not None and decision.step == run[-1].step + 1:
+        if run is not None and _continues(run, decision):
             run.append(decision)
         else:
             latest[key] = [decision]
             runs.append(latest[key])
-    return "\n".join(_format_run(run) for run in runs) or "no decisions"
+    # Two decisions some steps apart are two, and no rule that fires at regular looks.
+    parts = [part for run in runs for part in ([run] if _is_regular(run) else [[d] for d in run])]
+    lines = map(_format_run, sorted(parts, key=lambda part: part[0].step))
+    return "\n".join(lines) or "no decisions"
 
 
 def _merge_layers(decisions: Iterable[Decision]) -> list[Decision]:
@@ -203,9 +206,22 @@ def _merge_layers(decisions: Iterable[Decision]) -> list[Decision]:
     return [own[0] if len(own) == 1 else merged for merged, own in alike.items()]
 
 
+def _continues(run: list[Decision], decision: Decision) -> bool:
+    """Whether a decision comes as long after the last as each of them after the one before."""
+    gap = decision.step - run[-1].step
+    return gap > 0 and (len(run) == 1 or gap == run[1].step - run[0].step)
+
+
+def _is_regular(run: list[Decision]) -> bool:
+    return len(run) != 2 or run[1].step == run[0].step + 1
+
+
 def _format_run(run: list[Decision]) -> str:
     first, last = run[0], run[-1]
-    when = f"step {first.step}" if len(run) == 1 else f"steps {first.step}-{last.step}"
+    when = f"step {first.step}"
+    if len(run) > 1:
+        gap = run[1].step - first.step
+        when = f"steps {first.step}-{last.step}" + (f" by {gap}" if gap > 1 else "")
     return f"{when}: {first.hyperparam} {first.old:.4g} -> {last.new:.4g} ({first.reason})"
 
 

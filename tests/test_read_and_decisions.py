@@ -282,6 +282,18 @@ class TestDecisions:
             f"step 7: gate_2_learning_rate 0.1 -> 0.01 ({reason})",
         ]
 
+    def test_regular_looks_are_one_line_and_two_cuts_are_two(self):
+        def decide(step, old):
+            return mo.Decision(step, "learning_rate", old, old / 2, "plateau: patience")
+
+        looks = [decide(step, 1.0 / 2**i) for i, step in enumerate((0, 10, 20, 30, 400, 700, 720))]
+        assert mo.format_decisions(looks).splitlines() == [
+            "steps 0-30 by 10: learning_rate 1 -> 0.0625 (plateau: patience)",
+            "step 400: learning_rate 0.0625 -> 0.03125 (plateau: patience)",
+            "step 700: learning_rate 0.03125 -> 0.01562 (plateau: patience)",
+            "step 720: learning_rate 0.01562 -> 0.007812 (plateau: patience)",
+        ]
+
     def test_the_reason_of_a_layers_form_is_that_of_the_group(self):
         meta = mo.chain(mo.smart_expert_gate(), mo.guard_collapse(per_layer=True, num_layers=1))
         factory = mo.moe_partition(optax.adamw, LABELS, num_layers=1)

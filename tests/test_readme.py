@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,6 +47,37 @@ def test_the_step_runs_as_printed(capsys):
     assert mo.read_decisions(scope["state"])[-1].new < 3e-2
 
 
+def test_the_mixtures_step_runs_as_printed():
+    """Two experts fit the stopping distances of slow and of fast cars."""
+    (code,) = _blocks("python", "A mixture of experts")
+
+    def moe_loss_fn(params, batch, weight):
+        speed, distance = batch
+        inputs = jnp.stack([speed, jnp.ones_like(speed)], axis=1)
+        probs = jax.nn.softmax(8.0 * inputs @ params["router"])
+        index = probs.argmax(axis=1)[:, None]
+        fits = inputs @ params["experts"].T
+        fit = jnp.take_along_axis(fits * probs, index, axis=1)[:, 0]
+        loss = jnp.mean((fit - distance) ** 2)
+        share = jax.nn.one_hot(index[:, 0], 2).mean(axis=0)
+        return loss + weight * 2 * jnp.sum(share * probs.mean(axis=0)), (loss, probs, index)
+
+    batch = (jnp.array(SPEED) / 25.0, jnp.array(DISTANCE) / 100.0)
+    params = {"router": jnp.array([[0.1, -0.1], [0.0, 0.0]]), "experts": jnp.zeros([2, 2])}
+    scope = {"moe_loss_fn": moe_loss_fn, "params": params}
+    exec(compile(code, "README.md", "exec"), scope)
+    params, state, weight = scope["params"], scope["state"], jnp.float32(0.0)
+    before = moe_loss_fn(params, batch, weight)[1][0]
+    for _ in range(600):
+        params, state = scope["step"](params, state, batch)
+    after = moe_loss_fn(params, batch, weight)[1][0]
+    assert float(after) < 0.2 * float(before)
+    read = mo.read_hyperparams(state)
+    assert {"gate_learning_rate", "expert_learning_rate", "aux_loss_weight"} <= set(read)
+    assert mo.read_decisions(state)
+    assert scope["step"]._cache_size() == 1
+
+
 @pytest.mark.parametrize("section", ["Quick start", "Tests"])
 def test_each_section_is_one_command(section):
     (block,) = _blocks("bash", section)
@@ -53,8 +85,9 @@ def test_each_section_is_one_command(section):
 
 
 def test_table_names_every_strategy_and_combinator():
-    for name in ("plateau", "advanced_plateau", "expert_gate", "smart_expert_gate"):
-        assert f"| `{name}` |" in README
+    strategies = ("plateau", "advanced_plateau", "expert_gate", "smart_expert_gate")
+    for name in (*strategies, "adapt_aux_loss", "guard_collapse"):
+        assert f"| [`{name}`](docs/strategies/{name}.md) |" in README
     for name in ("chain", "every", "bounded", "log_only", "with_decisions"):
         assert f"| `{name}(" in README
 
