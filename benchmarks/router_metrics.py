@@ -74,7 +74,7 @@ def main() -> None:
     print("| call | bytes, as passes over the probabilities | ms |")
     print("|---|---:|---:|")
     for name in calls:
-        cost = compiled[name].cost_analysis()
+        cost = compiled[name].cost_analysis() or {}
         passes = cost["bytes accessed"] / one_pass
         print(f"| {name} | {passes:.2f} | {1e3 * statistics.median(times[name]):.0f} |")
 

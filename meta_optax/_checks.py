@@ -87,6 +87,19 @@ def integer(name: str, value: Any, *, low: int) -> int | jax.Array:
     return int(number)
 
 
+def pair(name: str, value: Any, *, what: str, high: float = math.inf) -> tuple[Any, Any]:
+    """Returns the two numbers of ``value``, each in [0, ``high``], else raises a ``ValueError``."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"{name} must be a pair {what}, got {value!r}.")
+    first, second = (real(name, end, high=high) for end in value)
+    return first, second
+
+
+def is_known(*values: Any) -> bool:
+    """Whether the values, as the checks here return them, can be compared: none is traced."""
+    return all(isinstance(value, float) for value in values)
+
+
 def flag(name: str, value: Any) -> bool:
     """Returns ``value`` if it is a bool, else raises a ``ValueError`` that names the argument."""
     if not isinstance(value, bool | np.bool_):

@@ -207,9 +207,10 @@ def _merge_layers(decisions: Iterable[Decision]) -> list[Decision]:
 
 
 def _continues(run: list[Decision], decision: Decision) -> bool:
-    """Whether a decision comes as long after the last as each of them after the one before."""
+    """Whether a decision goes the way of those before it, and as long after as they did."""
     gap = decision.step - run[-1].step
-    return gap > 0 and (len(run) == 1 or gap == run[1].step - run[0].step)
+    same_way = (decision.new > decision.old) == (run[-1].new > run[-1].old)
+    return same_way and gap > 0 and (len(run) == 1 or gap == run[1].step - run[0].step)
 
 
 def _is_regular(run: list[Decision]) -> bool:

@@ -213,9 +213,13 @@ def _look(meta, state, violation, drop=0.0, **base):
     return meta.observe(state, {**row, **base})
 
 
+def _adapt(**arguments):
+    return mo.adapt_aux_loss(**{"violation_band": (0.25, 0.5), **arguments})
+
+
 class TestAdaptAuxLoss:
     def test_rises_and_falls_with_a_band_between(self):
-        meta = mo.adapt_aux_loss(smoothing=0.0, factor=2.0)
+        meta = _adapt(smoothing=0.0, factor=2.0)
         state, weights = meta.init(), []
         for violation, drop in ((1.0, 0.0), (0.0, 0.2), (0.4, 0.0), (0.0, 0.03), (0.1, 0.0)):
             state = _look(meta, state, violation, drop)
@@ -224,7 +228,7 @@ class TestAdaptAuxLoss:
         assert weights == pytest.approx([0.02, 0.04, 0.04, 0.04, 0.02])
 
     def test_smooths_as_the_equation_says(self):
-        meta = mo.adapt_aux_loss(smoothing=0.75)
+        meta = _adapt(smoothing=0.75)
         state, average = meta.init(), None
         for violation in (1.0, 0.0, 0.5, 2.0):
             state = _look(meta, state, violation)
@@ -234,7 +238,7 @@ class TestAdaptAuxLoss:
     @pytest.mark.parametrize("named", [False, True])
     def test_turns_at_once_at_its_bounds(self, named):
         """The factor does not wind up while the weight is at a bound."""
-        meta = mo.adapt_aux_loss(smoothing=0.0, factor=2.0, min_weight=0.005, max_weight=0.04)
+        meta = _adapt(smoothing=0.0, factor=2.0, min_weight=0.005, max_weight=0.04)
         base = {"base_aux_loss_weight": jnp.float32(0.01)} if named else {}
         state = meta.init()
         for _ in range(10):
@@ -251,7 +255,7 @@ class TestAdaptAuxLoss:
 
     @pytest.mark.parametrize("base", [0.0, 1e-6, 0.5])
     def test_a_base_outside_the_bounds_is_left_alone(self, base):
-        meta = mo.adapt_aux_loss(smoothing=0.0)
+        meta = _adapt(smoothing=0.0)
         used = meta.apply(meta.init(), {"aux_loss_weight": base})
         assert float(used["aux_loss_weight"]) == pytest.approx(base)
         for violation, further in ((9.0, max), (0.0, min)):
@@ -265,7 +269,7 @@ class TestAdaptAuxLoss:
     @pytest.mark.parametrize(("before", "after"), [(0.0, 0.01), (1e-3, 5e-2)])
     def test_no_windup_under_a_base_that_moves(self, before, after):
         """What was balanced, or at a bound, for long turns within a few looks of a new base."""
-        meta = mo.adapt_aux_loss(smoothing=0.0, factor=2.0)
+        meta = _adapt(smoothing=0.0, factor=2.0)
         calm, uneven = (0.0, 2.0) if before == 0.0 else (2.0, 0.0)
         state = meta.init()
         for _ in range(100):
@@ -278,7 +282,7 @@ class TestAdaptAuxLoss:
         assert weights == pytest.approx(expected)
 
     def test_says_why(self):
-        meta = mo.adapt_aux_loss(smoothing=0.0)
+        meta = _adapt(smoothing=0.0)
         reasons = []
         for violation, drop in ((1.0, 0.0), (0.0, 0.5), (1.0, 0.5), (0.0, 0.0)):
             index, texts = _look(meta, meta.init(), violation, drop).decision_rules()["*"]
@@ -291,7 +295,7 @@ class TestAdaptAuxLoss:
         ]
 
     def test_another_name(self):
-        meta = mo.adapt_aux_loss(hyperparam="z_loss_weight", smoothing=0.0, factor=2.0)
+        meta = _adapt(hyperparam="z_loss_weight", smoothing=0.0, factor=2.0)
         used = meta.apply(_look(meta, meta.init(), 1.0), {"z_loss_weight": 0.01})
         assert float(used["z_loss_weight"]) == pytest.approx(0.02)
 

@@ -42,7 +42,7 @@ def test_the_jitted_loss_reads_what_the_strategy_set():
 
     p = params()
     state = tx.init(p)
-    for violation in (3.0, 3.0, 0.3, 0.0):
+    for violation in (3.0, 3.0, 0.7, 0.0):
         p, state, weight, gradient = step(p, state, violation)
         assert float(weight) == float(gradient)
         seen.append(float(weight))
@@ -118,7 +118,7 @@ def test_reset_leaves_the_base():
     for _ in range(3):
         _, state = tx.update(p, state, p, **_violating(3.0))
     state = mo.reset(state, tx, p)
-    _, state = tx.update(p, state, p, **_violating(0.3))
+    _, state = tx.update(p, state, p, **_violating(0.7))
     assert mo.read_hyperparams(state)["aux_loss_weight"] == pytest.approx(0.01)
 
 

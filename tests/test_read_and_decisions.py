@@ -294,6 +294,12 @@ class TestDecisions:
             "step 720: learning_rate 0.01562 -> 0.007812 (plateau: patience)",
         ]
 
+    def test_to_and_fro_is_not_hidden_in_one_line(self):
+        values = [0.003, 0.0015, 0.003, 0.0015]
+        steps = zip((280, 300, 320), values[:-1], values[1:], strict=True)
+        moves = [mo.Decision(s, "gate_learning_rate", old, new, "x: y") for s, old, new in steps]
+        assert len(mo.format_decisions(moves).splitlines()) == 3
+
     def test_the_reason_of_a_layers_form_is_that_of_the_group(self):
         meta = mo.chain(mo.smart_expert_gate(), mo.guard_collapse(per_layer=True, num_layers=1))
         factory = mo.moe_partition(optax.adamw, LABELS, num_layers=1)

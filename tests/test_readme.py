@@ -92,6 +92,16 @@ def test_table_names_every_strategy_and_combinator():
         assert f"| `{name}(" in README
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/strategies").glob("*.md")))
+def test_each_strategys_page_shows_its_plot_and_links_lead_somewhere(page):
+    text = page.read_text()
+    assert f"]({page.stem}.png)" in text
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for name in set(re.findall(r"\bmo\.(\w+)", text)):
+        assert hasattr(mo, name), name
+
+
 def test_every_name_in_the_readme_exists():
     for name in set(re.findall(r"\bmo\.(\w+)", README)):
         assert hasattr(mo, name), name

@@ -43,7 +43,7 @@ class AdaptAuxLossState(NamedTuple):
 def adapt_aux_loss(
     *,
     drop_band: Pair = (0.01, 0.05),
-    violation_band: Pair = (0.25, 0.5),
+    violation_band: Pair = (0.5, 1.0),
     factor: Scalar = 1.05,
     smoothing: Scalar = 0.9,
     min_weight: Scalar = 1e-4,
@@ -76,7 +76,9 @@ def adapt_aux_loss(
     Args:
       drop_band: the drop fractions below which the weight falls and above which it rises, a pair
         (low, high) in [0, 1].
-      violation_band: the same for MaxVio, a pair (low, high) >= 0.
+      violation_band: the same for MaxVio, a pair (low, high) >= 0. With m = T k / E slots an expert
+        in a batch, chance alone makes MaxVio about :math:`\sqrt{2 \log E / m}` where the load is
+        even: keep ``low`` above that, or the weight never falls.
       factor: what a look multiplies or divides the weight by, > 1.
       smoothing: how much of the averages a look keeps, in [0, 1).
       min_weight: the weight below which it does not fall, >= 0.
@@ -112,7 +114,7 @@ def adapt_aux_loss(
     kept = _checks.real("smoothing", smoothing, high=1.0, open_high=True)
     least = _checks.real("min_weight", min_weight, open_high=True)
     most = _checks.real("max_weight", max_weight, open_high=True)
-    if isinstance(least, float) and isinstance(most, float) and most < least:
+    if _checks.is_known(least, most) and most < least:
         raise ValueError(f"max_weight must be at least min_weight ({least}), got {max_weight!r}.")
     frequency = _checks.integer("update_frequency", update_frequency, low=1)
 
@@ -194,9 +196,7 @@ def read_free(strategy: str, hyperparams: Mapping[str, Any], name: str) -> Float
 
 
 def _band(name: str, band: Any, *, most: float) -> tuple[Any, Any]:
-    if not isinstance(band, tuple | list) or len(band) != 2:
-        raise ValueError(f"{name} must be a pair (low, high), got {band!r}.")
-    low, high = (_checks.real(name, end, high=most) for end in band)
-    if isinstance(low, float) and isinstance(high, float) and low > high:
+    low, high = _checks.pair(name, band, what="(low, high)", high=most)
+    if _checks.is_known(low, high) and low > high:
         raise ValueError(f"{name} must be a pair (low, high) with low <= high, got {band!r}.")
     return low, high

@@ -1,5 +1,6 @@
 """Protection from a router's collapse, with hysteresis."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ def guard_collapse(
     """
     entropy_low, entropy_high = _thresholds("load_entropy", load_entropy, most=1.0, rises=True)
     dead_high, dead_low = _thresholds("dead_experts", dead_experts, most=1.0, rises=False)
-    worst, fine = _thresholds("max_violation", max_violation, most=jnp.inf, rises=False)
+    worst, fine = _thresholds("max_violation", max_violation, most=math.inf, rises=False)
     undecided = _checks.real("undecided_entropy", undecided_entropy, high=1.0)
     kept = _checks.real("smoothing", smoothing, high=1.0, open_high=True)
     patience = _checks.integer("patience", patience, low=1)
@@ -271,11 +272,8 @@ def _slow_gates(hyperparams: Mapping[str, Any], factor: Float[Array, "*layers"])
 
 def _thresholds(name: str, pair: Any, *, most: float, rises: bool) -> tuple[Any, Any]:
     """The thresholds of collapse and of health, which must lie in that order."""
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise ValueError(f"{name} must be a pair (collapse, health), got {pair!r}.")
-    bad, good = (_checks.real(name, end, high=float(most)) for end in pair)
-    known = isinstance(bad, float) and isinstance(good, float)
-    if known and (bad > good if rises else bad < good):
+    bad, good = _checks.pair(name, pair, what="(collapse, health)", high=most)
+    if _checks.is_known(bad, good) and (bad > good if rises else bad < good):
         order = "at most" if rises else "at least"
         raise ValueError(f"{name} must be a pair with the first {order} the second, got {pair!r}.")
     return bad, good
