@@ -86,6 +86,7 @@ def moe_partition(
     if not callable(inner_factory):
         raise TypeError(f"moe_partition needs an optimizer's factory, got {inner_factory!r}.")
     layers = 0 if num_layers is None else _checks.size("num_layers", num_layers, low=1)
+    balance_router_bias(rule=balance_rule)  # checks the rule before there is a rate
     plain = inspect.signature(inner_factory)
     signature = _with_group_forms(plain, layers)
     groups = group_fn(labels)
@@ -97,7 +98,6 @@ def moe_partition(
 
     def factory(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         bound = signature.bind(*args, **kwargs)
-
         given = {name: value for name, value in bound.arguments.items() if value is not None}
         rates = {group: _layer_rates(given, group, layers) for group in CONTROLLED_GROUPS}
         highest = {group: own.max() for group, own in rates.items() if own is not None}

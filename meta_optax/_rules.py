@@ -41,12 +41,15 @@ def grow(growth: Float[Array, ""], factor: ArrayLike, fires: Bool[Array, ""]) ->
 def has_room(metrics: Metrics, scale: Float[Array, ""], min_lr: ArrayLike) -> Bool[Array, ""]:
     """Whether the cuts so far leave room for one more; yes where no rate is shown.
 
-    What counts is the base under this strategy's own cuts: a rate that others bound, or a dry run
-    that acts on none, must not let the scale fall without end.
+    What counts is the highest base, of all groups, under this strategy's own cuts: a rate that
+    others bound, or a dry run that acts on none, must not let the scale fall without end.
     """
-    current = jnp.asarray(metrics.get("learning_rate", jnp.inf)).astype(jnp.float32)
-    base = metrics.get(f"{BASE_PREFIX}learning_rate")
-    rate = current if base is None else cut_rate(base, scale, min_lr)
+    rate = jnp.asarray(metrics.get("learning_rate", jnp.inf)).astype(jnp.float32)
+    based = {
+        k.removeprefix(BASE_PREFIX): v for k, v in metrics.items() if k.startswith(BASE_PREFIX)
+    }
+    if bases := forms(based, "learning_rate"):
+        rate = jnp.stack([cut_rate(based[name], scale, min_lr) for name in bases]).max()
     return rate > jnp.asarray(min_lr, jnp.float32)
 
 

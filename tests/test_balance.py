@@ -209,6 +209,10 @@ class TestInPartition:
         updates, _ = tx.update(self._params(), tx.init(self._params()))
         np.testing.assert_array_equal(updates["bias"], np.zeros(4))
 
+    def test_a_rule_that_is_none(self):
+        with pytest.raises(ValueError, match="rule must be one of"):
+            mo.moe_partition(optax.sgd, LABELS, balance_rule="signum")
+
     def test_a_rate_without_a_bias(self):
         labels = LABELS | {"bias": "dense"}
         with pytest.raises(ValueError, match="labelled 'balance_bias'"):

@@ -49,6 +49,22 @@ def test_a_plateau_cuts_every_group():
     )
 
 
+@pytest.mark.parametrize("make", [mo.plateau, mo.advanced_plateau])
+def test_a_plain_rate_of_zero_leaves_the_groups_room_to_be_cut(make):
+    arguments = {"warmup_steps": 0} if make is mo.advanced_plateau else {}
+    strategy = make(patience=1, **arguments)
+    tx = mo.inject_meta_hyperparams(mo.moe_partition(optax.adamw, LABELS), strategy)(
+        learning_rate=0.0, gate_learning_rate=0.1, expert_learning_rate=0.2
+    )
+    p = params()
+    state = tx.init(p)
+    for _ in range(2):
+        _, state = tx.update(p, state, p, value=1.0)
+    read = mo.read_hyperparams(state)
+    rates = [read[f"{group}learning_rate"] for group in ("", "gate_", "expert_")]
+    assert rates == pytest.approx([0.0, 0.05, 0.1])
+
+
 def test_a_base_of_the_group_takes_the_place_of_the_plain_one():
     tx = mo.inject_meta_hyperparams(mo.moe_partition(optax.sgd, LABELS), mo.expert_gate())(
         learning_rate=1.0, gate_learning_rate=0.5
