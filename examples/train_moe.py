@@ -10,7 +10,7 @@ Unicode names, all read from the running Python itself. AdamW trains it in one c
 weighs the balance loss by how uneven the load is, and `guard_collapse` watches each layer.
 
 Expect 1.8 to 1.9 bits per held-out byte, where guessing by each corpus' byte frequencies costs 4.6.
-With the default seed the rate is first halved at step 940; other seeds differ, and other Python
+With the default seed the rate is first halved at step 620; other seeds differ, and other Python
 versions carry other texts. Ctrl-C ends a run early, and writes its files.
 """
 
