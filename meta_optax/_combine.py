@@ -198,6 +198,6 @@ def _checked_bounds(name: str, pair: Any) -> tuple[ArrayLike, ArrayLike]:
         raise ValueError(f"bounded needs a pair (lo, hi) for {name!r}, got {pair!r}.")
     low = _checks.real(f"the lower bound of {name!r}", pair[0], open_high=True)
     high = _checks.real(f"the upper bound of {name!r}", pair[1])
-    if isinstance(low, float) and isinstance(high, float) and low > high:
+    if _checks.is_known(low, high) and low > high:
         raise ValueError(f"bounded needs lo <= hi for {name!r}, got {pair!r}.")
     return low, high

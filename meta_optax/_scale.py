@@ -110,7 +110,13 @@ def scale_by_meta(
         for group in CONTROLLED_GROUPS
         if any(group_name(name) == f"{group}_{_RATE}" for name in names)
     )
-    num_layers = sum(layer_form("gate", layer, _RATE) in names for layer in range(len(names)))
+    counts = {
+        group: sum(layer_form(group, layer, _RATE) in names for layer in range(len(names)))
+        for group in own
+    }
+    # A strategy may set rates of layers for one group alone.
+    layered = [group for group in own if counts[group]]
+    num_layers = max(counts.values(), default=0)
 
     def layers_in(tree: Any) -> GroupLayers:
         if groups is None or not num_layers:
@@ -158,7 +164,7 @@ def scale_by_meta(
             group: jnp.stack(
                 [new[f"{layer_form(group, layer, _RATE)}_scale"] for layer in range(num_layers)]
             )
-            for group in (own if num_layers else ())
+            for group in layered
         }
 
         def scale(group: str, part: Any) -> Any:

@@ -1,10 +1,5 @@
 """The expert graph: its equations on small cases, its groups, and the example as a user runs it."""
 
-import json
-import pathlib
-import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -12,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from as_run import assert_picture, interrupt_example, read_log, read_summary, run_example
 
 import meta_optax as mo
 
@@ -20,7 +16,7 @@ pytest.importorskip("sklearn")
 model = pytest.importorskip("expert_graph_model", exc_type=ImportError)
 digits = pytest.importorskip("digits", exc_type=ImportError)
 
-EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "expert_graph.py"
+EXAMPLE = "expert_graph.py"
 SMALL = model.GraphConfig(features=6, classes=4, experts=5, selected=3, hidden=7, width=8)
 
 
@@ -224,34 +220,10 @@ class TestDigits:
         assert not np.array_equal(rows[0], next(batches)["pixels"])
 
 
-def _run(*options, timeout=600):
-    return subprocess.run(
-        [sys.executable, EXAMPLE, *map(str, options)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
-def _log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def _summary(out):
-    return json.loads((out / "summary.json").read_text())
-
-
-def _assert_picture(path):
-    image = pytest.importorskip("matplotlib.image").imread(path)
-    assert min(image.shape[:2]) > 500
-    assert np.std(image) > 0.05  # something is drawn
-
-
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("expert_graph")
-    return out, _run("--steps", 120, "--seed", 1, "--out", out, "--plain")
+    return out, run_example(EXAMPLE, "--steps", 120, "--seed", 1, "--out", out, "--plain")
 
 
 class TestShortRun:
@@ -265,7 +237,7 @@ class TestShortRun:
         assert "smart_expert_gate: " in run.stdout
 
     def test_log_and_rates_of_the_groups(self, short_run):
-        log = _log(short_run[0])
+        log = read_log(short_run[0])
         assert [record["step"] for record in log] == [*range(0, 120, 10), 119]
         for record in log:
             assert sum(record["expert_usage"]) == pytest.approx(1.0, abs=1e-4)
@@ -278,10 +250,10 @@ class TestShortRun:
 
     def test_summary_and_picture(self, short_run):
         out, _ = short_run
-        summary = _summary(out)
+        summary = read_summary(out)
         assert summary["steps"] == 120
         assert summary["messages"] is False
-        assert summary["test_accuracy"] == pytest.approx(_log(out)[-1]["test_accuracy"])
+        assert summary["test_accuracy"] == pytest.approx(read_log(out)[-1]["test_accuracy"])
         adjacency = np.array(summary["adjacency"])
         assert adjacency.shape == (8, 8)
         assert np.count_nonzero(adjacency) > 0
@@ -289,42 +261,30 @@ class TestShortRun:
         np.testing.assert_allclose(np.sum(summary["digit_usage"], axis=-1), 1.0, rtol=1e-4)
         assert summary["decisions"]
         assert "scikit-learn" in summary["versions"]
-        _assert_picture(out / "expert_graph.png")
+        assert_picture(out / "expert_graph.png")
 
     def test_the_same_seed_gives_the_same_run(self, short_run, tmp_path):
-        _run("--steps", 21, "--seed", 1, "--out", tmp_path, "--plain")
-        for one, other in zip(_log(short_run[0]), _log(tmp_path), strict=False):
+        run_example(EXAMPLE, "--steps", 21, "--seed", 1, "--out", tmp_path, "--plain")
+        for one, other in zip(read_log(short_run[0]), read_log(tmp_path), strict=False):
             assert one["step"] == other["step"]
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
     def test_messages_make_another_run(self, short_run, tmp_path):
-        run = _run("--steps", 21, "--seed", 1, "--messages", "--out", tmp_path, "--plain")
+        run = run_example(
+            EXAMPLE, "--steps", 21, "--seed", 1, "--messages", "--out", tmp_path, "--plain"
+        )
         assert run.returncode == 0, run.stderr
-        assert _summary(tmp_path)["messages"] is True
-        assert _log(tmp_path)[2]["loss"] != pytest.approx(_log(short_run[0])[2]["loss"], rel=1e-3)
+        assert read_summary(tmp_path)["messages"] is True
+        assert read_log(tmp_path)[2]["loss"] != pytest.approx(
+            read_log(short_run[0])[2]["loss"], rel=1e-3
+        )
 
 
 def test_interrupt_ends_cleanly_with_everything_written(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, EXAMPLE, "--steps", "1000000", "--out", tmp_path, "--plain"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = tmp_path / "log.jsonl"
-    deadline = time.monotonic() + 300
-    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
-    assert "Ended on request" in stdout
-    summary = _summary(tmp_path)
-    assert summary["steps"] == _log(tmp_path)[-1]["step"] + 1 < summary["steps_asked_for"]
-    _assert_picture(tmp_path / "expert_graph.png")
+    interrupt_example(EXAMPLE, tmp_path)
+    summary = read_summary(tmp_path)
+    assert summary["steps"] == read_log(tmp_path)[-1]["step"] + 1 < summary["steps_asked_for"]
+    assert_picture(tmp_path / "expert_graph.png")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +292,7 @@ def test_interrupt_ends_cleanly_with_everything_written(tmp_path):
     [(["--message"], "--message"), (["--steps", "0"], "--steps"), (["--out", __file__], "--out")],
 )
 def test_bad_input_ends_with_one_clear_line(options, named):
-    run = _run(*options)
+    run = run_example(EXAMPLE, *options)
     assert run.returncode == 2
     assert len(run.stderr.strip().splitlines()) == 1
     assert named in run.stderr
@@ -345,7 +305,7 @@ def test_bad_input_ends_with_one_clear_line(options, named):
 def test_full_length(variant, seed, tmp_path):
     """At the defaults: under a minute and a half, and nearly all test images told right."""
     start = time.monotonic()
-    run = _run("--seed", seed, *variant, "--out", tmp_path, "--plain")
+    run = run_example(EXAMPLE, "--seed", seed, *variant, "--out", tmp_path, "--plain")
     assert run.returncode == 0, run.stderr
     assert time.monotonic() - start < 90
-    assert _summary(tmp_path)["test_accuracy"] >= 0.96
+    assert read_summary(tmp_path)["test_accuracy"] >= 0.96

@@ -95,6 +95,28 @@ def test_scale_by_layer_agrees_with_injection(make, axis):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
 
 
+def test_layers_of_one_group_alone_behind_an_optimizer():
+    """The guard sets rates of the gates' layers, the other strategy those of whole groups."""
+    meta = mo.chain(
+        mo.expert_gate(expert_lr_factor=2.0, entropy_threshold=0.0),
+        mo.guard_collapse(per_layer=True, num_layers=LAYERS, patience=1),
+    )
+    metrics = {
+        "gate_entropy": 1.0,
+        "load_entropy_normalized_per_layer": jnp.array([1.0, 0.1, 1.0]),
+        "dead_experts_per_layer": jnp.zeros(LAYERS),
+        "max_violation_per_layer": jnp.zeros(LAYERS),
+        "gate_entropy_normalized_per_layer": jnp.full(LAYERS, 0.3),
+    }
+    tx = mo.scale_by_meta(meta, mo.label_moe_params)
+    p = _separate()
+    updates, _ = tx.update(p, tx.init(p), p, **metrics)
+    gates = [float(updates[f"layer_{i}"]["router"]["kernel"][0, 0]) for i in range(LAYERS)]
+    assert gates == pytest.approx([0.1, 0.01, 0.1])
+    assert float(updates["layer_1"]["experts"]["w1"][0, 0, 0]) == 2.0
+    assert float(updates["norm"][0]) == 1.0
+
+
 def test_layers_are_judged_as_they_would_be_alone():
     rng = np.random.default_rng(0)
     together = mo.smart_expert_gate(per_layer=True, num_layers=LAYERS, normalized_entropy=True)

@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from routing import LOAD_NAMES, NAMES, assert_close, routing
 
 import meta_optax as mo
-
-TOKEN_NAMES = {"gate_entropy", "gate_entropy_normalized", "gate_sparsity"}
-LOAD_NAMES = {"expert_usage", "load_entropy_normalized", "max_violation", "load_cv", "dead_experts"}
-NAMES = TOKEN_NAMES | LOAD_NAMES | {"drop_fraction"}
-
 
 _measure = jax.jit(mo.router_metrics)
 
@@ -47,38 +43,21 @@ def _oracle(probs, index, mask=None, dropped=None):
     }
 
 
-def _routing(seed, layers, tokens, experts, selected, scale=3.0):
-    rng = np.random.default_rng(seed)
-    logits = scale * rng.standard_normal((layers, tokens, experts))
-    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    index = np.argsort(-probs, axis=-1)[..., :selected]
-    mask = rng.random((layers, tokens)) < 0.7
-    mask[:, 0] = True
-    return probs.astype(np.float32), index, mask, rng.random(index.shape) < 0.2
-
-
-def _assert_close(got, expected):
-    assert set(got) == set(expected)
-    for name, value in expected.items():
-        np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
-        assert got[name].dtype == jnp.float32
-
-
 @pytest.mark.usefixtures("strict_numerics")
 class TestOracle:
     @pytest.mark.parametrize(("experts", "selected"), [(2, 1), (4, 2), (5, 5), (64, 6)])
     @pytest.mark.parametrize("masked", [False, True])
     def test_one_layer(self, experts, selected, masked):
-        probs, index, mask, dropped = _routing(experts, 1, 37, experts, selected)
+        probs, index, mask, dropped = routing(experts, 1, 37, experts, selected)
         mask = mask[0] if masked else None
         got = mo.router_metrics(probs[0], index[0], mask=mask, dropped=dropped[0])
-        _assert_close(got, _oracle(probs[0], index[0], mask, dropped[0]))
+        assert_close(got, _oracle(probs[0], index[0], mask, dropped[0]))
         without = mo.router_metrics(probs[0], num_selected=selected, mask=mask)
-        _assert_close(without, _oracle(probs[0], index[0], mask))
+        assert_close(without, _oracle(probs[0], index[0], mask))
 
     @pytest.mark.parametrize("form", ["stacked", "list", "jit"])
     def test_layers_and_their_mean(self, form):
-        probs, index, mask, dropped = _routing(7, 3, 29, 6, 2)
+        probs, index, mask, dropped = routing(7, 3, 29, 6, 2)
         given = [probs, index, mask, dropped]
         if form == "list":
             given = [list(array) for array in given]
@@ -87,11 +66,11 @@ class TestOracle:
         layers = [_oracle(*parts) for parts in zip(probs, index, mask, dropped, strict=True)]
         own = {f"{k}_per_layer": np.stack([layer[k] for layer in layers]) for k in layers[0]}
         means = {k: np.mean([layer[k] for layer in layers], axis=0) for k in layers[0]}
-        _assert_close(got, means | own)
+        assert_close(got, means | own)
 
     def test_one_mask_for_all_layers(self):
-        probs, index, mask, _ = _routing(8, 3, 29, 6, 2)
-        _assert_close(
+        probs, index, mask, _ = routing(8, 3, 29, 6, 2)
+        assert_close(
             mo.router_metrics(probs, index, mask=mask[0]),
             {
                 k: np.asarray(v)
@@ -128,7 +107,7 @@ class TestClosedForms:
             "dead_experts": 0.0,
             "drop_fraction": 0.0,
         }
-        _assert_close(got, expected)
+        assert_close(got, expected)
 
     def test_one_hot_on_one_expert(self):
         """Collapsed."""
@@ -144,7 +123,7 @@ class TestClosedForms:
             "dead_experts": 0.75,
             "drop_fraction": 0.0,
         }
-        _assert_close(got, expected)
+        assert_close(got, expected)
 
     def test_one_hot_on_all(self):
         """Healthy specialisation: low token entropy, even load."""
@@ -170,18 +149,18 @@ class TestMeshes:
         return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def test_global_under_jit_with_sharded_tokens(self):
-        probs, index, mask, _ = _routing(1, 2, 64, 4, 2)
+        probs, index, mask, _ = routing(1, 2, 64, 4, 2)
         split = jax.NamedSharding(self._mesh(), jax.P(None, "data"))
         sharded = [jax.device_put(x, split) for x in (probs, index, mask)]
         got = jax.jit(lambda p, i, m: mo.router_metrics(p, i, mask=m))(*sharded)
         assert all(value.sharding.is_fully_replicated for value in got.values())
         expected = mo.router_metrics(probs, index, mask=mask)
-        _assert_close(got, {k: np.asarray(v) for k, v in expected.items()})
+        assert_close(got, {k: np.asarray(v) for k, v in expected.items()})
 
     @pytest.mark.parametrize("case", ["index", "top k", "logits", "one layer"])
     def test_global_on_an_explicit_mesh(self, case):
         """The default kind of mesh, on which a scatter has to be told where its result goes."""
-        probs, index, mask, _ = _routing(3, 2, 64, 4, 2)
+        probs, index, mask, _ = routing(3, 2, 64, 4, 2)
 
         def measure(p, i, m):
             if case == "one layer":
@@ -195,12 +174,12 @@ class TestMeshes:
         with jax.set_mesh(mesh):
             split = jax.NamedSharding(mesh, jax.P(None, "data"))
             got = jax.jit(measure)(*(jax.device_put(x, split) for x in (probs, index, mask)))
-        _assert_close(got, {k: np.asarray(v) for k, v in expected.items()})
+        assert_close(got, {k: np.asarray(v) for k, v in expected.items()})
 
     @pytest.mark.parametrize("given_index", [False, True])
     def test_global_under_shard_map(self, given_index):
         """Devices have different numbers of tokens left by the mask."""
-        probs, index, mask, _ = _routing(2, 2, 64, 4, 2)
+        probs, index, mask, _ = routing(2, 2, 64, 4, 2)
         measure = functools.partial(mo.router_metrics, axis_name="data", num_selected=2)
         tokens = jax.P(None, "data")
         got = jax.jit(
@@ -212,7 +191,7 @@ class TestMeshes:
             )
         )(probs, index, mask)
         expected = mo.router_metrics(probs, index, mask=mask)
-        _assert_close(got, {k: np.asarray(v) for k, v in expected.items()})
+        assert_close(got, {k: np.asarray(v) for k, v in expected.items()})
 
     def test_counts_under_shard_map(self):
         counts = np.arange(32.0, dtype=np.float32).reshape(8, 4)
@@ -225,12 +204,12 @@ class TestMeshes:
             )
         )(counts)
         expected = mo.router_metrics_from_counts(counts.sum(0), jnp.float32(8))
-        _assert_close(got, {k: np.asarray(v) for k, v in expected.items()})
+        assert_close(got, {k: np.asarray(v) for k, v in expected.items()})
 
 
 class TestInsideTraining:
     def test_nothing_is_differentiated_through(self):
-        probs, index, _, _ = _routing(3, 2, 16, 4, 2)
+        probs, index, _, _ = routing(3, 2, 16, 4, 2)
 
         def loss(scale):
             scores = jax.nn.softmax(scale * jnp.log(probs))
@@ -243,7 +222,7 @@ class TestInsideTraining:
             assert np.isfinite(metrics["gate_entropy"])
 
     def test_vmap_and_scan(self):
-        probs, index, _, _ = _routing(4, 3, 16, 4, 2)
+        probs, index, _, _ = routing(4, 3, 16, 4, 2)
         expected = mo.router_metrics(probs, index)
         mapped = jax.vmap(mo.router_metrics)(probs, index)
         _, scanned = jax.lax.scan(lambda c, x: (c, mo.router_metrics(*x)), None, (probs, index))
@@ -253,7 +232,7 @@ class TestInsideTraining:
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
     def test_narrow_probabilities_are_summed_in_float32(self, dtype):
-        probs, index, _, _ = _routing(5, 1, 4096, 8, 2)
+        probs, index, _, _ = routing(5, 1, 4096, 8, 2)
         narrow = jnp.asarray(probs[0]).astype(dtype)
         got = mo.router_metrics(narrow, index[0])
         expected = jax.jit(mo.router_metrics)(narrow.astype(jnp.float32), index[0])
@@ -261,7 +240,7 @@ class TestInsideTraining:
             np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
 
     def test_ready_to_be_passed(self):
-        probs, index, _, _ = _routing(6, 2, 16, 4, 2)
+        probs, index, _, _ = routing(6, 2, 16, 4, 2)
         state = mo.smart_expert_gate().init()
         metrics = {"step": 0, **mo.router_metrics(probs, index)}
         new = mo.smart_expert_gate().observe(state, metrics)
@@ -357,136 +336,3 @@ class TestBadInput:
             mo.router_metrics(probs, dropped=jnp.ones([3, 1]))
         with pytest.raises(ValueError, match="dropped of the shape"):
             mo.router_metrics(probs, jnp.zeros([3, 1], jnp.int32), dropped=jnp.ones([3, 2]))
-
-
-class TestAdapters:
-    def test_logits(self):
-        probs, index, mask, _ = _routing(9, 2, 16, 4, 2)
-        logits = np.log(probs) + 3.0
-        got = mo.router_metrics_from_logits(logits, index, mask=mask)
-        expected = mo.router_metrics(probs, index, mask=mask)
-        _assert_close(got, {k: np.asarray(v) for k, v in expected.items()})
-        one = mo.router_metrics_from_logits(logits[0], num_selected=2)
-        assert set(one) == NAMES
-
-    def test_counts_alone(self):
-        probs, index, _, _ = _routing(10, 2, 16, 4, 2)
-        full = mo.router_metrics(probs, index)
-        counts = np.stack([np.bincount(layer.reshape(-1), minlength=4) for layer in index])
-        expected = {
-            name: np.asarray(full[name])
-            for base in LOAD_NAMES
-            for name in (base, f"{base}_per_layer")
-        }
-        for given_counts in (counts, list(counts), {"l_10": counts[1], "l_9": counts[0]}):
-            _assert_close(mo.router_metrics_from_counts(given_counts), expected)
-        _assert_close(mo.router_metrics_from_counts({"encoder": counts}), expected)
-        one = mo.router_metrics_from_counts(counts[0])
-        assert set(one) == LOAD_NAMES
-        with pytest.raises(TypeError, match="'gate_entropy'"):
-            mo.expert_gate().observe(mo.expert_gate().init(), {"step": 0, **one})
-
-    def test_layers_of_stacks_are_numbered_as_control_by_layer_numbers_them(self):
-        """Stacks that differ in a number alternate: each bias has to meet its own layer's load."""
-        first = np.tile([6.0, 0, 0, 0], (3, 1))
-        last = np.tile([0.0, 0, 0, 6], (3, 1))
-        counts = {"layers_0": {"load": first}, "layers_1": {"load": last}}
-        for metrics in (
-            mo.router_metrics_from_counts({k: v["load"] for k, v in counts.items()}),
-            mo.router_metrics_from_collection(counts, counts="load", stacked=True),
-        ):
-            biases = {f"layers_{i}": {"bias": jnp.zeros([3, 4])} for i in range(2)}
-            tx = mo.balance_router_bias(1.0)
-            updates, _ = tx.update(biases, tx.init(biases), **metrics)
-            np.testing.assert_allclose(updates["layers_0"]["bias"], [[-1.5, 0.5, 0.5, 0.5]] * 3)
-            np.testing.assert_allclose(updates["layers_1"]["bias"], [[0.5, 0.5, 0.5, -1.5]] * 3)
-
-    def test_dropped_counts(self):
-        counts = jnp.array([[4, 4], [6, 2]])
-        by_layer = mo.router_metrics_from_counts(counts, jnp.array([2, 4]))
-        np.testing.assert_allclose(by_layer["drop_fraction_per_layer"], [0.25, 0.5])
-        total = mo.router_metrics_from_counts(counts, 4)
-        assert float(total["drop_fraction"]) == 0.25
-        with pytest.raises(ValueError, match="num_dropped"):
-            mo.router_metrics_from_counts(counts, jnp.ones(3))
-
-    def test_no_counts_are_held(self):
-        metrics = mo.router_metrics_from_counts(jnp.zeros(4))
-        assert all(np.isnan(value).all() for value in metrics.values())
-        with pytest.raises(ValueError, match="counts >= 0"):
-            mo.router_metrics_from_counts(jnp.array([1, -1]))
-
-    @pytest.mark.parametrize("scanned", [False, True])
-    def test_what_linen_sows(self, scanned):
-        nn = pytest.importorskip("flax.linen", exc_type=Exception)
-
-        class Moe(nn.Module):
-            @nn.compact
-            def __call__(self, x, _=None):
-                logits = nn.Dense(4, name="router")(x)
-                probs = nn.softmax(logits)
-                self.sow("intermediates", "router_probs", probs)
-                self.sow("intermediates", "router_logits", logits)
-                self.sow("intermediates", "expert_index", jax.lax.top_k(probs, 2)[1])
-                self.sow("intermediates", "load", probs.sum((0, 1)))
-                return x + probs.sum(-1, keepdims=True), None
-
-        class Model(nn.Module):
-            @nn.compact
-            def __call__(self, x):
-                if scanned:
-                    axes = {"params": 0, "intermediates": 0}
-                    return nn.scan(Moe, axes, split_rngs={"params": True}, length=11)()(x)[0]
-                for i in range(11):
-                    x, _ = Moe(name=f"block_{i}")(x)
-                return x
-
-        x = jax.random.normal(jax.random.key(0), (2, 5, 6))
-        params = Model().init(jax.random.key(1), x)["params"]
-        _, sown = Model().apply({"params": params}, x, mutable="intermediates")
-        collect = functools.partial(
-            mo.router_metrics_from_collection, sown["intermediates"], stacked=scanned
-        )
-        if scanned:
-            probs = sown["intermediates"]["ScanMoe_0"]["router_probs"][0].reshape(11, 10, 4)
-        else:
-            layers = [sown["intermediates"][f"block_{i}"]["router_probs"][0] for i in range(11)]
-            probs = jnp.stack(layers).reshape(11, 10, 4)
-        expected = {k: np.asarray(v) for k, v in mo.router_metrics(probs, num_selected=2).items()}
-        _assert_close(collect(probs="router_probs", index="expert_index"), expected)
-        _assert_close(collect(logits="router_logits", num_selected=2), expected)
-        assert collect(counts="load")["expert_usage_per_layer"].shape == (11, 4)
-
-    @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
-    def test_what_nnx_sows(self):
-        nnx = pytest.importorskip("flax.nnx", exc_type=Exception)
-
-        class Moe(nnx.Module):
-            def __init__(self, rngs):
-                self.router = nnx.Linear(6, 4, rngs=rngs)
-
-            def __call__(self, x):
-                probs = jax.nn.softmax(self.router(x))
-                self.sow(nnx.Intermediate, "router_probs", probs)
-                return probs
-
-        class Model(nnx.Module):
-            def __init__(self, rngs):
-                self.blocks = nnx.List([Moe(rngs) for _ in range(2)])
-
-        model = Model(nnx.Rngs(0))
-        x = jax.random.normal(jax.random.key(0), (5, 6))
-        probs = jnp.stack([block(x) for block in model.blocks])
-        sown = nnx.pop(model, nnx.Intermediate)
-        got = mo.router_metrics_from_collection(sown, probs="router_probs")
-        _assert_close(got, {k: np.asarray(v) for k, v in mo.router_metrics(probs).items()})
-
-    def test_collections_that_do_not_fit(self):
-        collect = mo.router_metrics_from_collection
-        with pytest.raises(ValueError, match=r"one of probs=, logits= and counts="):
-            collect({}, probs="a", counts="b")
-        with pytest.raises(ValueError, match=r"under 'probs'; there is \['layer/loss'\]"):
-            collect({"layer": {"loss": 1.0}}, probs="probs")
-        layers = {f"l{i}": {"p": jnp.full([2, i], 1 / i)} for i in (2, 4)}
-        with pytest.raises(ValueError, match="differ in shape"):
-            collect(layers, probs="p")

@@ -1,46 +1,22 @@
 """The main example, run as a user runs it."""
 
-import json
-import pathlib
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from as_run import assert_picture, interrupt_example, read_log, read_summary, run_example
 
 pytest.importorskip("flax.nnx", exc_type=Exception)
 pytest.importorskip("grain")
 
-EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "train_moe.py"
+EXAMPLE = "train_moe.py"
 RATES = ("learning_rate", "gate_learning_rate", "expert_learning_rate")
-
-
-def _run(*options, timeout=600):
-    return subprocess.run(
-        [sys.executable, EXAMPLE, *map(str, options)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
-def _log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def _assert_picture(path):
-    image = pytest.importorskip("matplotlib.image").imread(path)
-    assert min(image.shape[:2]) > 500
-    assert np.std(image) > 0.05  # something is drawn
 
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("train_moe")
-    return out, _run("--steps", 60, "--seed", 1, "--out", out, "--plain")
+    return out, run_example(EXAMPLE, "--steps", 60, "--seed", 1, "--out", out, "--plain")
 
 
 class TestShortRun:
@@ -54,7 +30,7 @@ class TestShortRun:
         assert "smart_expert_gate: " in run.stdout
 
     def test_log_has_one_object_for_each_logged_step(self, short_run):
-        log = _log(short_run[0])
+        log = read_log(short_run[0])
         steps = [record["step"] for record in log]
         assert steps == sorted(set(steps))
         assert steps[-1] == 59
@@ -65,7 +41,7 @@ class TestShortRun:
         assert log[-1]["loss"] < log[0]["loss"] - 1.0
 
     def test_rates_of_the_groups_are_apart_and_warm_up(self, short_run):
-        log = _log(short_run[0])
+        log = read_log(short_run[0])
         first, last = log[0], log[-1]
         assert last["learning_rate"] == pytest.approx(50 * first["learning_rate"], rel=1e-3)
         assert last["gate_learning_rate"] < 0.5 * last["learning_rate"]
@@ -73,42 +49,26 @@ class TestShortRun:
 
     def test_summary_and_picture(self, short_run):
         out, _ = short_run
-        summary = json.loads((out / "summary.json").read_text())
+        summary = read_summary(out)
         bits = summary["bits_per_byte"]
         assert set(bits) == {"overall", "code", "prose", "names"}
         assert 0.5 < bits["overall"] < summary["bits_per_byte_of_byte_frequencies"]["overall"]
         assert summary["decisions"]
-        _assert_picture(out / "train_moe.png")
+        assert_picture(out / "train_moe.png")
 
     def test_the_same_seed_gives_the_same_run(self, short_run, tmp_path):
         out, _ = short_run
-        _run("--steps", 21, "--seed", 1, "--out", tmp_path, "--plain")
-        for one, other in zip(_log(out), _log(tmp_path), strict=False):
+        run_example(EXAMPLE, "--steps", 21, "--seed", 1, "--out", tmp_path, "--plain")
+        for one, other in zip(read_log(out), read_log(tmp_path), strict=False):
             assert one["step"] == other["step"]
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 
 def test_interrupt_ends_cleanly_with_everything_written(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, EXAMPLE, "--steps", "5000", "--out", tmp_path, "--plain"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = tmp_path / "log.jsonl"
-    deadline = time.monotonic() + 300
-    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
-    assert "Ended on request" in stdout
-    assert len(_log(tmp_path)) >= 3
-    assert json.loads((tmp_path / "summary.json").read_text())["bits_per_byte"] is None
-    _assert_picture(tmp_path / "train_moe.png")
+    interrupt_example(EXAMPLE, tmp_path)
+    assert len(read_log(tmp_path)) >= 3
+    assert read_summary(tmp_path)["bits_per_byte"] is None
+    assert_picture(tmp_path / "train_moe.png")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +84,7 @@ def test_interrupt_ends_cleanly_with_everything_written(tmp_path):
     ],
 )
 def test_bad_input_ends_with_one_clear_line(options, named):
-    run = _run(*options)
+    run = run_example(EXAMPLE, *options)
     assert run.returncode == 2
     assert len(run.stderr.strip().splitlines()) == 1
     assert named in run.stderr
@@ -135,8 +95,8 @@ def test_bad_input_ends_with_one_clear_line(options, named):
 def test_full_length(tmp_path):
     """At the defaults: under three minutes, and far better than byte frequencies."""
     start = time.monotonic()
-    run = _run("--out", tmp_path, "--plain")
+    run = run_example(EXAMPLE, "--out", tmp_path, "--plain")
     assert run.returncode == 0, run.stderr
     assert time.monotonic() - start < 180
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = read_summary(tmp_path)
     assert summary["bits_per_byte"]["overall"] < 2.5

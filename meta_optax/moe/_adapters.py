@@ -9,12 +9,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from meta_optax import _checks
 from meta_optax.moe._layers import number_layers
 from meta_optax.moe._paths import Path, leaves_with_paths
 from meta_optax.moe._router_metrics import (
     AxisName,
     Layers,
-    is_known,
     load_metrics,
     router_metrics,
     stack_layers,
@@ -95,7 +95,7 @@ def router_metrics_from_counts(
     if isinstance(expert_counts, Mapping):
         expert_counts = _layers_of(expert_counts, ndim=1)
     counts, layered = stack_layers("expert_counts", expert_counts, ndim=1)
-    if is_known(counts) and (np.asarray(counts) < 0).any():
+    if _checks.is_known(counts) and (np.asarray(counts) < 0).any():
         raise ValueError(f"router_metrics_from_counts needs counts >= 0, got {counts}.")
     counts = counts.astype(jnp.float32)
     lost = jnp.zeros([], jnp.float32)

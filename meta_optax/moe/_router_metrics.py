@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
+
+from meta_optax import _checks
 
 AxisName = str | tuple[str, ...]
 Layers = ArrayLike | Sequence[ArrayLike]
@@ -193,11 +194,6 @@ def stack_layers(name: str, given: Any, *, ndim: int) -> tuple[Array, bool]:
     return (array if layered else array[None]), layered
 
 
-def is_known(*arrays: Any) -> bool:
-    """Whether all values can be looked at."""
-    return not any(isinstance(array, Tracer) for array in arrays)
-
-
 def _index(
     given: Any, num_selected: int | None, shape: tuple[int, int, int], *, layered: bool
 ) -> Int[Array, "layers tokens selected"] | None:
@@ -244,7 +240,7 @@ def _fit(name: str, given: Any, shape: tuple[int, ...], *, layered: bool) -> Boo
 
 def _check_values(probs: Array, index: Array | None, mask: Array | None) -> None:
     """Raises for values that cannot be, as far as they are known; padding may hold anything."""
-    if not is_known(probs, index, mask):
+    if not _checks.is_known(probs, index, mask):
         return
     kept = np.ones(probs.shape[:2], bool) if mask is None else np.asarray(mask)
     sums = np.asarray(probs.astype(jnp.float32).sum(axis=-1))

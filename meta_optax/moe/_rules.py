@@ -116,5 +116,5 @@ def _is_beside_router(path: Path, parts: list[str], scopes: Scopes) -> bool:
 
 def _is_shared_weight(parts: list[str]) -> bool:
     """A perceptron's weights under ``shared``, which alone could be a shared embedding."""
-    below = [part for part in parts[parts.index("shared") + 1 :]] if "shared" in parts else []
+    below = parts[parts.index("shared") + 1 :] if "shared" in parts else []
     return any(map(_SHARED_WEIGHT.fullmatch, below))
