@@ -3,9 +3,11 @@
 from meta_optax._advanced_plateau import advanced_plateau
 from meta_optax._combine import bounded, chain, every, log_only
 from meta_optax._core import MetaOptimizer
-from meta_optax._decisions import Decision, format_decisions, read_decisions, with_decisions
+from meta_optax._decisions import Decision, format_decisions, read_decisions
 from meta_optax._expert_gate import expert_gate
+from meta_optax._greedy import greedy
 from meta_optax._inject import InjectMetaHyperparamsState, inject_meta_hyperparams
+from meta_optax._log import with_decisions
 from meta_optax._partition import moe_partition
 from meta_optax._plateau import plateau
 from meta_optax._read import read_hyperparams, reset
@@ -19,6 +21,7 @@ from meta_optax._scale import (
 )
 from meta_optax._schedule import MetaScheduleState, as_schedule
 from meta_optax._smart_expert_gate import smart_expert_gate
+from meta_optax._trend_plateau import trend_plateau
 from meta_optax.moe._adapters import (
     router_metrics_from_collection,
     router_metrics_from_counts,
@@ -47,6 +50,7 @@ __all__ = [
     "expert_gate",
     "explain_labels",
     "format_decisions",
+    "greedy",
     "guard_collapse",
     "inject_meta_hyperparams",
     "label_moe_params",
@@ -66,6 +70,7 @@ __all__ = [
     "scale_by_plateau",
     "scale_by_smart_expert_gate",
     "smart_expert_gate",
+    "trend_plateau",
     "with_decisions",
 ]
 

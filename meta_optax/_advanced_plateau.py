@@ -13,16 +13,29 @@ from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
     Metrics,
+    Rules,
     forms,
     hold_nonfinite,
     is_due,
     read_step,
+    rules_of,
     sees,
     select,
 )
-from meta_optax._history import Window, clear_where, empty_window, has_stalled, is_full, push
+from meta_optax._history import (
+    Smoothed,
+    Window,
+    average_rows,
+    clear_where,
+    empty_average,
+    empty_window,
+    has_stalled,
+    is_full,
+    push,
+)
 from meta_optax._rules import (
     LEAST_WEIGHT_DECAY,
+    cool_down,
     copy_for_plateau,
     count_bad,
     cut,
@@ -34,11 +47,9 @@ from meta_optax._rules import (
     warmup_share,
 )
 
-# The improvement on the best loss that counts as one.
-_LEAST_IMPROVEMENT = 1e-6
-_RATE_RULES = ("warm-up", "patience", "trend")
+_RATE_RULES = {"warm-up": "step", "patience": "value", "trend": "value"}
 _WARM_UP, _PATIENCE, _TREND = range(3)
-_DECAY_RULES = ("grad_norm", "param_norm", "rising loss")
+_DECAY_RULES = {"grad_norm": "grad_norm", "param_norm": "param_norm", "rising loss": "value"}
 
 
 class AdvancedPlateauState(NamedTuple):
@@ -47,8 +58,10 @@ class AdvancedPlateauState(NamedTuple):
     # A reset starts the decisions afresh, not the training.
     kept_on_reset = ("warmup",)
 
+    smoothed: Smoothed
     best: Float[Array, ""]
     bad_count: Int[Array, ""]
+    cooldown_count: Int[Array, ""]
     losses: Window
     param_norms: Window
     previous_value: Float[Array, ""]
@@ -60,17 +73,11 @@ class AdvancedPlateauState(NamedTuple):
     decay_rule: Int[Array, ""]
     nonfinite_count: Int[Array, ""]
 
-    def decision_rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
-        """The rule behind the last change of each hyperparameter, as an index and the names."""
+    def decision_rules(self) -> dict[str, Rules]:
+        """The rule behind the last change of each hyperparameter."""
         return {
-            "learning_rate": (
-                self.rate_rule,
-                tuple(f"advanced_plateau: {rule}" for rule in _RATE_RULES),
-            ),
-            "weight_decay": (
-                self.decay_rule,
-                tuple(f"advanced_plateau: {rule}" for rule in _DECAY_RULES),
-            ),
+            "learning_rate": rules_of("advanced_plateau", self.rate_rule, _RATE_RULES),
+            "weight_decay": rules_of("advanced_plateau", self.decay_rule, _DECAY_RULES),
         }
 
 
@@ -87,12 +94,17 @@ def advanced_plateau(
     update_frequency: Scalar = 1,
     rearm_trend: Scalar = True,
     max_weight_decay_growth: Scalar = 10.0,
+    mode: str = "min",
+    rtol: Scalar = 0.0,
+    atol: Scalar = 1e-6,
+    cooldown: Scalar = 0,
+    smoothing: Scalar = 0,
 ) -> MetaOptimizer:
     r"""Warm-up, then cuts by patience or by trend, and weight decay grown on large norms.
 
     With :math:`t` the step count, :math:`b` the best loss since the warm-up, :math:`n` the rows
-    since that were not below :math:`b - 10^{-6}`, and :math:`x_1 \dots x_w` the last
-    ``trend_window`` losses,
+    since that were not below :math:`b - (\text{rtol} \cdot |b| + \text{atol})`, and
+    :math:`x_1 \dots x_w` the last ``trend_window`` losses,
 
     .. math::
       t < \text{warmup_steps} &\Rightarrow
@@ -133,6 +145,14 @@ def advanced_plateau(
         False is the recorded behaviour, which cuts at every row of a long plateau. Not traced.
       max_weight_decay_growth: the most that weight decay becomes, as a multiple of its base (or
         of 1e-6 where that is more), >= 1; ``math.inf`` for the recorded behaviour.
+      mode: ``"min"`` for a metric to be lowered, ``"max"`` for one to be raised: all tests on it
+        are mirrored.
+      rtol: the improvement on the best that counts as one, as a share of it, >= 0.
+      atol: the improvement that counts as one, >= 0; the two are added.
+      cooldown: judged rows after a cut that no test looks at, an integer >= 0.
+      smoothing: what both tests judge in place of the loss. In (0, 1): its exponential moving
+        average, which keeps that share at each row. An integer >= 2: the means of so many rows,
+        each judged once. 0: the loss itself. Not traced.
 
     Arguments that are traced are clipped to these ranges.
 
@@ -164,17 +184,26 @@ def advanced_plateau(
     frequency = _checks.integer("update_frequency", update_frequency, low=1)
     rearm = _checks.flag("rearm_trend", rearm_trend)
     most = _checks.real("max_weight_decay_growth", max_weight_decay_growth, low=1.0)
+    sign = _checks.sign_of_mode(mode)
+    margins = {
+        "rtol": _checks.real("rtol", rtol, open_high=True),
+        "atol": _checks.real("atol", atol, open_high=True),
+    }
+    cooldown = _checks.integer("cooldown", cooldown, low=0)
+    kept = _checks.smoothing(smoothing)
     uses = {"grad_norm": grad_limit, "param_norm": param_limit}
     norms = tuple(name for name, limit in uses.items() if not is_exactly(limit, math.inf))
     norms = () if is_exactly(factor, 1.0) else norms
 
     def init() -> AdvancedPlateauState:
         return AdvancedPlateauState(
-            best=jnp.full([], jnp.inf, jnp.float32),
+            smoothed=empty_average(),
+            best=jnp.full([], sign * jnp.inf, jnp.float32),
             bad_count=jnp.zeros([], jnp.int32),
+            cooldown_count=jnp.zeros([], jnp.int32),
             losses=empty_window(window),
             param_norms=empty_window(3),
-            previous_value=jnp.full([], jnp.inf, jnp.float32),
+            previous_value=jnp.full([], sign * jnp.inf, jnp.float32),
             previous_grad_norm=jnp.zeros([], jnp.float32),
             warmup=warmup_share(jnp.zeros([], jnp.int32), warmup_steps),
             rate_scale=jnp.ones([], jnp.float32),
@@ -190,22 +219,29 @@ def advanced_plateau(
     def observe_rate(
         state: AdvancedPlateauState, metrics: Metrics, warm: Bool[Array, ""]
     ) -> AdvancedPlateauState:
-        best, bad = count_bad(state.best, state.bad_count, metrics["value"], _LEAST_IMPROVEMENT)
-        losses = push(state.losses, metrics["value"])
+        smoothed, is_judged = average_rows(state.smoothed, metrics["value"], kept)
+        value = sign * smoothed.average
+        best, bad = count_bad(sign * state.best, state.bad_count, value, **margins)
+        cooling = state.cooldown_count > 0
+        losses = push(state.losses, value)
         by_patience = bad >= patience
         fires = (
             (by_patience | has_stalled(losses))
             & has_room(metrics, state.rate_scale, min_lr)
-            & ~warm
+            & ~(warm | cooling)
         )
-        rule = jnp.where(warm, _WARM_UP, jnp.where(by_patience, _PATIENCE, _TREND))
-        return state._replace(
-            best=jnp.where(warm, state.best, best),
-            bad_count=jnp.where(warm, state.bad_count, jnp.where(fires, 0, bad)),
-            losses=clear_where(fires, losses) if rearm else losses,
+        bad, left = cool_down(bad, state.cooldown_count, fires, cooldown)
+        rule = jnp.where(by_patience, _PATIENCE, _TREND)
+        judged = state._replace(
+            best=jnp.where(warm, state.best, sign * best),
+            bad_count=jnp.where(warm, state.bad_count, bad),
+            cooldown_count=left,
+            losses=clear_where(fires | cooling, losses) if rearm else losses,
             rate_scale=cut(state.rate_scale, cut_factor, fires),
-            rate_rule=jnp.where(warm | fires, rule, state.rate_rule).astype(jnp.int32),
+            rate_rule=jnp.where(fires, rule, state.rate_rule).astype(jnp.int32),
         )
+        seen = select(is_judged, judged, state)._replace(smoothed=smoothed)
+        return seen._replace(rate_rule=jnp.where(warm, _WARM_UP, seen.rate_rule).astype(jnp.int32))
 
     def observe_decay(
         state: AdvancedPlateauState, metrics: Metrics, warm: Bool[Array, ""]
@@ -213,7 +249,7 @@ def advanced_plateau(
         grad_norm, param_norm = (metrics[k] if k in norms else 0.0 * metrics["value"] for k in uses)
         param_norms = select(param_norm > 0, push(state.param_norms, param_norm), state.param_norms)
         growth = (param_norms.values[2] - param_norms.values[0]) / 3
-        rising = metrics["value"] > state.previous_value
+        rising = sign * metrics["value"] > sign * state.previous_value
         causes = [
             grad_norm > grad_limit,
             is_full(param_norms) & (growth > param_limit),

@@ -95,6 +95,35 @@ def pair(name: str, value: Any, *, what: str, high: float = math.inf) -> tuple[A
     return first, second
 
 
+def sign_of_mode(mode: Any) -> float:
+    """What turns a metric into one to be lowered: 1 for ``"min"`` and -1 for ``"max"``.
+
+    Raises:
+      ValueError: for another mode.
+    """
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
+    return 1.0 if mode == "min" else -1.0
+
+
+def smoothing(value: Any) -> int | float:
+    """Returns what is kept by an average, in (0, 1), or the rows of a block, >= 2; 0 for neither.
+
+    Raises:
+      ValueError: if it is none of these, or traced.
+    """
+    if not is_known(value):
+        raise ValueError(f"smoothing decides what is computed, so it must not be traced: {value}.")
+    number = _as_float(value)
+    is_block = number is not None and number.is_integer() and 0 <= number <= _MOST
+    if number is None or not (is_block or 0.0 < number < 1.0):
+        raise ValueError(
+            "smoothing must be 0 (none), a share in (0, 1) that an average keeps, or a block's "
+            f"rows, an integer >= 2; got {value!r}."
+        )
+    return int(max(number, 1)) if is_block else number
+
+
 def is_known(*values: Any) -> bool:
     """Whether the values can be looked at: none is traced."""
     return not any(isinstance(value, Tracer) for value in values)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from meta_optax._core import BASE_PREFIX, Hyperparams, MetaOptimizer, Metrics, State
 
 # The version of the layout of all states; a change of any state's fields needs a new one.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 
 def layout_version() -> Int[Array, ""]:

@@ -34,6 +34,24 @@ _HOW_TO_PASS = {
 }
 
 
+class Rules(NamedTuple):
+    """The rules that may have changed a hyperparameter, and which one it was last.
+
+    A state that has a method ``decision_rules() -> dict[str, Rules]`` tells `with_decisions` why.
+
+    Attributes:
+      index: the place of the rule among the others.
+      texts: each rule's text, as ``"plateau: patience"``.
+      metrics: the name of the metric that each rule fires on.
+      layer: the layer, where the metrics have a value for each.
+    """
+
+    index: Int[Array, ""]
+    texts: tuple[str, ...]
+    metrics: tuple[str, ...]
+    layer: int | None = None
+
+
 class _MetaOptimizerFields(NamedTuple):
     name: str
     init: Callable[[], State]
@@ -251,6 +269,14 @@ def observe_every(strategy: str, frequency: ArrayLike, observe: ObserveFn) -> Ob
 
     # Step numbers need not be there for a strategy that looks at every one.
     return observe if isinstance(frequency, int) and frequency == 1 else observe_fn
+
+
+def rules_of(
+    strategy: str, index: Int[Array, ""], causes: Mapping[str, str], layer: int | None = None
+) -> Rules:
+    """The rules of a strategy, from the metric that each fires on by the rule's name."""
+    texts = tuple(f"{strategy}: {cause}" for cause in causes)
+    return Rules(index=index, texts=texts, metrics=tuple(causes.values()), layer=layer)
 
 
 def forms(hyperparams: Mapping[str, Any], name: str) -> list[str]:

@@ -12,6 +12,7 @@ from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
     Metrics,
+    Rules,
     hold_nonfinite,
     observe_every,
 )
@@ -27,10 +28,10 @@ class ExpertGateState(NamedTuple):
     gate_scale: Float[Array, "*layers"]
     nonfinite_count: Int[Array, ""]
 
-    def decision_rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
-        """The rule behind the last change of each hyperparameter, as an index and the names."""
+    def decision_rules(self) -> dict[str, Rules]:
+        """The rule behind the last change of each hyperparameter."""
         only = jnp.zeros(self.gate_scale.shape, jnp.int32)
-        return rules_by_layer("gate", only, ("expert_gate: gate_entropy",))
+        return rules_by_layer("expert_gate", "gate", only, {"gate_entropy": "gate_entropy"})
 
 
 def expert_gate(

@@ -38,6 +38,39 @@ def smooth(
     return jnp.where(count > 0, smoothing * average + (1.0 - smoothing) * value, value)
 
 
+class Smoothed(NamedTuple):
+    """An average, and how many rows are in it."""
+
+    average: Float[Array, ""]
+    count: Int[Array, ""]
+
+
+def empty_average() -> Smoothed:
+    """The average of no rows."""
+    return Smoothed(average=jnp.zeros([], jnp.float32), count=jnp.zeros([], jnp.int32))
+
+
+def average_rows(
+    state: Smoothed, value: Float[Array, ""], smoothing: int | float
+) -> tuple[Smoothed, Bool[Array, ""]]:
+    """The average with one more row, and whether it is one to be judged.
+
+    Args:
+      state: the average so far.
+      value: the row.
+      smoothing: what an exponential moving average keeps, where that is below 1, which is judged
+        at each row; else the rows of a block, whose mean is judged at its end.
+    """
+    if isinstance(smoothing, float):
+        count = jnp.minimum(state.count + 1, 1)
+        return Smoothed(smooth(state.average, value, state.count, smoothing), count), count > 0
+    count = jnp.where(state.count >= smoothing, 0, state.count) + 1
+    # A mean that is updated does not overflow where a sum would.
+    share = 1.0 / count.astype(jnp.float32)
+    average = jnp.where(count == 1, value, state.average * (1.0 - share) + value * share)
+    return Smoothed(average, count), count >= smoothing
+
+
 def is_full(window: Window) -> Bool[Array, ""]:
     """Whether the window holds as many values as it can."""
     return window.count >= window.values.shape[-1]

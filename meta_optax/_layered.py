@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from meta_optax import _checks
-from meta_optax._core import Hyperparams, group_name, layer_form
+from meta_optax._core import Hyperparams, Rules, group_name, layer_form, rules_of
 
 
 def shape_of_layers(per_layer: Any, num_layers: Any) -> tuple[int, ...]:
@@ -30,13 +30,14 @@ def shape_of_layers(per_layer: Any, num_layers: Any) -> tuple[int, ...]:
 
 
 def rules_by_layer(
-    group: str, rule: Int[Array, "*layers"], texts: tuple[str, ...]
-) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
+    strategy: str, group: str, rule: Int[Array, "*layers"], causes: Mapping[str, str]
+) -> dict[str, Rules]:
     """What ``decision_rules`` says of a group's rate, or of each layer's."""
     if rule.ndim == 0:
-        return {f"{group}_learning_rate": (rule, texts)}
+        return {f"{group}_learning_rate": rules_of(strategy, rule, causes)}
+    by_layer = {cause: f"{metric}_per_layer" for cause, metric in causes.items()}
     return {
-        layer_form(group, layer, "learning_rate"): (rule[layer], texts)
+        layer_form(group, layer, "learning_rate"): rules_of(strategy, rule[layer], by_layer, layer)
         for layer in range(rule.shape[0])
     }
 

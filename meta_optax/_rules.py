@@ -18,14 +18,31 @@ _MOST_GROWTH = 1e30
 
 
 def count_bad(
-    best: Float[Array, ""], bad: Int[Array, ""], value: Float[Array, ""], margin: float
+    best: Float[Array, ""],
+    bad: Int[Array, ""],
+    value: Float[Array, ""],
+    *,
+    rtol: ArrayLike = 0.0,
+    atol: ArrayLike = 0.0,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The best value so far, and how many were no better since.
 
-    Better means ``value < best - margin``.
+    Better means ``value < best - (rtol * |best| + atol)``, which is right below zero too.
     """
-    better = value < best - margin
+    size = jnp.where(jnp.isfinite(best), jnp.abs(best), 0.0)
+    better = value < best - (rtol * size + atol)
     return jnp.where(better, value, best), jnp.where(better, 0, optax.safe_increment(bad))
+
+
+def cool_down(
+    bad: Int[Array, ""], left: Int[Array, ""], fires: Bool[Array, ""], cooldown: ArrayLike
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The bad rows and the rows of cooldown left, after a row at which a cut fires or does not.
+
+    Bad rows of a cooldown do not count.
+    """
+    after = jnp.where(fires, cooldown, jnp.maximum(left - 1, 0)).astype(jnp.int32)
+    return jnp.where(fires | (left > 0), 0, bad), after
 
 
 def cut(scale: Float[Array, ""], factor: ArrayLike, fires: Bool[Array, ""]) -> Float[Array, ""]:

@@ -10,7 +10,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from meta_optax import _checks
 from meta_optax._checks import Flag, Scalar, Size
-from meta_optax._core import Hyperparams, MetaOptimizer, Metrics, hold_nonfinite, observe_every
+from meta_optax._core import (
+    Hyperparams,
+    MetaOptimizer,
+    Metrics,
+    Rules,
+    hold_nonfinite,
+    observe_every,
+)
 from meta_optax._expert_gate import check_threshold, name_entropy
 from meta_optax._history import Window, empty_window, is_full, push
 from meta_optax._layered import rules_by_layer, scale_groups, shape_of_layers
@@ -36,14 +43,15 @@ class SmartExpertGateState(NamedTuple):
     gate_rule: Int[Array, "*layers"]
     nonfinite_count: Int[Array, ""]
 
-    def decision_rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
-        """The rule behind the last change of each hyperparameter, as an index and the names."""
+    def decision_rules(self) -> dict[str, Rules]:
+        """The rule behind the last change of each hyperparameter."""
         only = jnp.zeros(self.gate_rule.shape, jnp.int32)
-        causes = ("gate_entropy", "gate_sparsity", "gate_entropy and gate_sparsity")
-        texts = tuple(f"smart_expert_gate: {cause}" for cause in causes)
+        causes = {name: name for name in ("gate_entropy", "gate_sparsity")}
+        causes |= {"gate_entropy and gate_sparsity": "gate_entropy"}
+        usage = {"expert_usage": "expert_usage"}
         return {
-            **rules_by_layer("gate", self.gate_rule, texts),
-            **rules_by_layer("expert", only, ("smart_expert_gate: expert_usage",)),
+            **rules_by_layer("smart_expert_gate", "gate", self.gate_rule, causes),
+            **rules_by_layer("smart_expert_gate", "expert", only, usage),
         }
 
 

@@ -54,6 +54,22 @@ STRATEGIES = {
         mo.advanced_plateau,
         lambda: mo.advanced_plateau(patience=1, warmup_steps=2, trend_window=2),
     ),
+    "plateau[smoothing]": Strategy(
+        lambda: mo.plateau(smoothing=0.9, mode="max"),
+        lambda: mo.plateau(patience=1, smoothing=2, cooldown=1, rtol=1e-3),
+    ),
+    "advanced_plateau[smoothing]": Strategy(
+        lambda: mo.advanced_plateau(smoothing=10, mode="max"),
+        lambda: mo.advanced_plateau(
+            patience=1, warmup_steps=0, trend_window=2, smoothing=0.5, cooldown=2
+        ),
+    ),
+    "trend_plateau": Strategy(
+        mo.trend_plateau, lambda: mo.trend_plateau(window=8, significance=0.5)
+    ),
+    "greedy": Strategy(
+        mo.greedy, lambda: mo.greedy(patience=0, window=8, significance=0.5, max_scale=1.0)
+    ),
     "smart_expert_gate": Strategy(mo.smart_expert_gate, mo.smart_expert_gate, grouped=True),
     "expert_gate[per_layer]": Strategy(
         lambda: mo.expert_gate(per_layer=True, num_layers=LAYERS),

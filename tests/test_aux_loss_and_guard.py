@@ -78,9 +78,9 @@ class TestGuard:
         meta = self._guard()
         state = _run(meta, [HEALTHY | {cause: COLLAPSED[cause]}] * 2)
         assert bool(state.is_acting)
-        index, texts = state.decision_rules()["*"]
+        rules = state.decision_rules()["*"]
         names = {"load": "load_entropy", "dead": "dead_experts", "violation": "max_violation"}
-        assert texts[int(index)] == f"guard_collapse: {names[cause]}"
+        assert rules.texts[int(rules.index)] == f"guard_collapse: {names[cause]}"
 
     @pytest.mark.parametrize("cause", ["load", "dead", "violation"])
     def test_all_must_be_healthy_to_let_go(self, cause):
@@ -285,8 +285,8 @@ class TestAdaptAuxLoss:
         meta = _adapt(smoothing=0.0)
         reasons = []
         for violation, drop in ((1.0, 0.0), (0.0, 0.5), (1.0, 0.5), (0.0, 0.0)):
-            index, texts = _look(meta, meta.init(), violation, drop).decision_rules()["*"]
-            reasons.append(texts[int(index)].removeprefix("adapt_aux_loss: "))
+            rules = _look(meta, meta.init(), violation, drop).decision_rules()["*"]
+            reasons.append(rules.texts[int(rules.index)].removeprefix("adapt_aux_loss: "))
         assert reasons == [
             "max_violation",
             "drop_fraction",

@@ -15,8 +15,10 @@ from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
     Metrics,
+    Rules,
     hold_nonfinite,
     observe_every,
+    rules_of,
 )
 from meta_optax._history import smooth
 
@@ -34,10 +36,11 @@ class AdaptAuxLossState(NamedTuple):
     rule: Int[Array, ""]
     nonfinite_count: Int[Array, ""]
 
-    def decision_rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
-        """The rule behind the last change of each hyperparameter, as an index and the names."""
-        causes = ("drop_fraction", "max_violation", "drop_fraction and max_violation", "balanced")
-        return {ANY_HYPERPARAM: (self.rule, tuple(f"adapt_aux_loss: {cause}" for cause in causes))}
+    def decision_rules(self) -> dict[str, Rules]:
+        """The rule behind the last change of each hyperparameter."""
+        causes = {name: name for name in ("drop_fraction", "max_violation")}
+        causes |= {"drop_fraction and max_violation": "drop_fraction", "balanced": "max_violation"}
+        return {ANY_HYPERPARAM: rules_of("adapt_aux_loss", self.rule, causes)}
 
 
 def adapt_aux_loss(

@@ -15,17 +15,24 @@ from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
     Metrics,
+    Rules,
     group_name,
     hold_nonfinite,
     layer_form,
     observe_every,
+    rules_of,
 )
 from meta_optax._history import smooth
-from meta_optax._layered import shape_of_layers
+from meta_optax._layered import rules_by_layer, shape_of_layers
 from meta_optax._rules import is_exactly
 
 _METRICS = ("load_entropy_normalized", "dead_experts", "max_violation", "gate_entropy_normalized")
-_RULES = ("load_entropy", "dead_experts", "max_violation", "health returned")
+_RULES = {
+    "load_entropy": "load_entropy_normalized",
+    "dead_experts": "dead_experts",
+    "max_violation": "max_violation",
+    "health returned": "load_entropy_normalized",
+}
 _RELEASED = 3
 # Each intervention lasts this many times as long as the one before: whoever falls back into
 # collapse once let go has a cause that lasts, and every relapse costs.
@@ -48,18 +55,13 @@ class GuardCollapseState(NamedTuple):
     rule: Int[Array, "*layers"]
     nonfinite_count: Int[Array, ""]
 
-    def decision_rules(self) -> dict[str, tuple[Int[Array, ""], tuple[str, ...]]]:
-        """The rule behind the last change of each hyperparameter, as an index and the names."""
-        texts = tuple(f"guard_collapse: {rule}" for rule in _RULES)
-        if self.rule.ndim == 0:
-            return {ANY_HYPERPARAM: (self.rule, texts)}
-        by_layer = {
-            layer_form("gate", layer, "learning_rate"): (self.rule[layer], texts)
-            for layer in range(self.rule.shape[0])
-        }
+    def decision_rules(self) -> dict[str, Rules]:
+        """The rule behind the last change of each hyperparameter."""
+        by_layer = rules_by_layer("guard_collapse", "gate", self.rule, _RULES)
         # What all layers share is moved by the first that acts, and let go by the last.
         acting = jnp.where(self.is_acting, self.rule, _RELEASED)
-        return {**by_layer, ANY_HYPERPARAM: (acting.min(), texts)}
+        rule = self.rule if self.rule.ndim == 0 else acting.min()
+        return {**by_layer, ANY_HYPERPARAM: rules_of("guard_collapse", rule, _RULES)}
 
 
 def guard_collapse(
