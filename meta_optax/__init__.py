@@ -19,6 +19,7 @@ from meta_optax._scale import (
 )
 from meta_optax._schedule import MetaScheduleState, as_schedule
 from meta_optax._smart_expert_gate import smart_expert_gate
+from meta_optax._spikes import SkipSpikesState, hold_spikes, skip_spikes
 from meta_optax.moe._adapters import (
     router_metrics_from_collection,
     router_metrics_from_counts,
@@ -37,6 +38,7 @@ __all__ = [
     "MetaOptimizer",
     "MetaScheduleState",
     "ScaleByMetaState",
+    "SkipSpikesState",
     "adapt_aux_loss",
     "advanced_plateau",
     "as_schedule",
@@ -48,6 +50,7 @@ __all__ = [
     "explain_labels",
     "format_decisions",
     "guard_collapse",
+    "hold_spikes",
     "inject_meta_hyperparams",
     "label_moe_params",
     "log_only",
@@ -65,6 +68,7 @@ __all__ = [
     "scale_by_meta",
     "scale_by_plateau",
     "scale_by_smart_expert_gate",
+    "skip_spikes",
     "smart_expert_gate",
     "with_decisions",
 ]
