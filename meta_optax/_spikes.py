@@ -1,8 +1,7 @@
 """Protection from spikes: batches that must move neither a strategy nor the params."""
 
-import operator
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_optax import _checks
-from meta_optax._checks import Scalar, Size
+from meta_optax._checks import Mode, Scalar, Size, Transformation
 from meta_optax._control import cast_like, layout_version, measure_norm
 from meta_optax._core import (
     Hyperparams,
@@ -172,7 +171,7 @@ def hold_spikes(
         # A norm is there only where something measured it: the strategy may not need it.
         shown = [metric for metric in judged if metric == "value" or metric in metrics]
         values = {metric: read_metric(name, metrics, metric, 0) for metric in shown}
-        finite = _all_finite(values)
+        finite = jnp.isfinite(jnp.stack(list(values.values()))).all()
         watch, verdict = _judge(rule, state.watch, values, finite)
         inner = select(verdict.is_accepted, meta.observe(state.inner, metrics), state.inner)
         return HoldSpikesState(
@@ -189,12 +188,12 @@ def hold_spikes(
 
 
 def skip_spikes(
-    inner: optax.GradientTransformation,
+    inner: Transformation,
     *,
     window: Size = 64,
     threshold: Scalar = 8.0,
     max_consecutive: Scalar = 5,
-    mode: Literal["min", "max"] = "min",
+    mode: Mode = "min",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Drops the updates of steps whose loss or gradient is a spike, around any optimizer.
 
@@ -208,8 +207,9 @@ def skip_spikes(
     Then the updates are zeros, in the dtypes of the gradients, and the state of ``inner`` stays as
     it was, to the bit: moments, counts, and a strategy's state in it. Nothing of ``inner`` is
     computed in such a step, but under ``vmap``. What the gradients' norm costs is one read of
-    them; it is handed on as ``grad_norm``, so that nothing inside measures it again. Where it was
-    passed, the read is that of a check that all gradients are finite.
+    them; it is handed on as ``grad_norm``, so that nothing inside measures it again. Where that was
+    passed, the passed one is judged and handed on, and the read serves to see that all gradients
+    are finite.
 
     A step whose loss, gradients or norm are not finite is dropped likewise. Neither such values nor
     spikes enter the windows. Before a window holds half of what it can, and at least 8 values, no
@@ -364,17 +364,13 @@ def _judge(
 
 
 def _norm_and_check(grads: Any, extra_args: Metrics) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-    """The global norm, and whether the gradients and it are finite, at one read."""
-    if "grad_norm" not in extra_args:
-        norm = measure_norm(grads)
-        return norm, jnp.isfinite(norm)
-    norm = read_metric("skip_spikes", extra_args, "grad_norm", 0)
-    return norm, jnp.isfinite(norm) & _all_finite(grads)
-
-
-def _all_finite(tree: Any) -> Bool[Array, ""]:
-    finite = jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)
-    return jax.tree.reduce(operator.and_, finite, jnp.array(True))
+    """The norm to judge by, and whether it and all gradients are finite, at one read."""
+    measured = measure_norm(grads)
+    norm = measured
+    if "grad_norm" in extra_args:
+        norm = read_metric("skip_spikes", extra_args, "grad_norm", 0)
+    # The sum of squares is finite only if each of them is, and costs less than testing each.
+    return norm, jnp.isfinite(norm) & jnp.isfinite(measured)
 
 
 def _count(count: Int[Array, ""], happened: Bool[Array, ""]) -> Int[Array, ""]:
