@@ -59,18 +59,18 @@ def _train(tx, *, broken):
     tx = optax.with_extra_args_support(tx)
 
     @jax.jit
-    @chex.assert_max_traces(n=1)
     def step(p, state, factor):
         loss, grads = jax.value_and_grad(_loss)(p)
         grads = jax.tree.map(lambda g: factor * g, grads)
         updates, state = tx.update(grads, state, p, value=loss, obj_fn=_loss)
         return optax.apply_updates(p, updates), state, loss
 
-    p = {"w": jnp.full([2], 0.1), "b": jnp.zeros([1])}
+    p = {"w": jnp.full([2], 0.1, jnp.float32), "b": jnp.zeros([1], jnp.float32)}
     run = [(p, tx.init(p), None)]
     for i in range(STEPS):
         p, state, _ = run[-1]
         run.append(step(p, state, jnp.float32(broken if i == BROKEN else 1.0)))
+    assert step._cache_size() == 1
     return run
 
 
