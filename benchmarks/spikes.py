@@ -78,7 +78,7 @@ def ours(series: Series) -> np.ndarray:
     def step(state: Any, row: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         loss, norm = row
         updates, state = tx.update(grads, state, value=loss, grad_norm=norm)
-        return state, jnp.equal(updates, 0)
+        return state, jnp.asarray(updates) == 0
 
     def run(loss: jax.Array, norm: jax.Array) -> jax.Array:
         return jax.lax.scan(step, tx.init(grads), (loss, norm))[1]
