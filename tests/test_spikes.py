@@ -87,7 +87,7 @@ class TestStandsOut:
 
 class TestWhatIsASpike:
     @pytest.mark.parametrize("seed", range(8))
-    def test_none_in_ten_thousand_steps_of_gaussiannoise(self, seed):
+    def test_none_in_ten_thousand_steps_of_gaussian_noise(self, seed):
         loss = 3.0 + noise(2 * seed, 10_000, scale=0.3)
         assert _dropped(loss, np.exp(noise(2 * seed + 1, 10_000)))[0] == []
 
