@@ -104,6 +104,18 @@ class TestHold:
         assert got == [(step, new, "plateau: patience") for step, new in cuts]
         assert mo.read_decisions(mo.reset(state, tx, p)) == mo.read_decisions(state)
 
+    def test_reset_keeps_the_windows_alone(self):
+        meta = mo.hold_spikes(mo.plateau(patience=1), window=8)
+        tx = mo.inject_meta_hyperparams(optax.sgd, meta)(learning_rate=1.0)
+        p, state = params(), tx.init(params())
+        for loss in (*[1.0] * 8, 9.0):
+            _, state = tx.update(p, state, p, value=loss)
+        new = mo.reset(state, tx, p).meta_state
+        assert int(state.meta_state.watch.streak) == int(new.watch.streak) == 1
+        np.testing.assert_array_equal(new.watch.windows["value"].values, np.ones(8))
+        assert int(new.watch.windows["value"].count) == 8
+        assert (int(new.spike_count), float(new.inner.best)) == (0, np.inf)
+
     def test_in_a_chain_only_its_own_is_held(self):
         meta = mo.chain(mo.hold_spikes(mo.plateau(), window=8), mo.smart_expert_gate())
         tx = mo.inject_meta_hyperparams(mo.moe_partition(optax.adamw, LABELS), meta)(0.1)
