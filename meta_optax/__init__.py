@@ -21,6 +21,7 @@ from meta_optax._scale import (
 )
 from meta_optax._schedule import MetaScheduleState, as_schedule
 from meta_optax._smart_expert_gate import smart_expert_gate
+from meta_optax._spikes import SkipSpikesState, hold_spikes, skip_spikes
 from meta_optax._trend_plateau import trend_plateau
 from meta_optax.moe._adapters import (
     router_metrics_from_collection,
@@ -40,6 +41,7 @@ __all__ = [
     "MetaOptimizer",
     "MetaScheduleState",
     "ScaleByMetaState",
+    "SkipSpikesState",
     "adapt_aux_loss",
     "advanced_plateau",
     "as_schedule",
@@ -52,6 +54,7 @@ __all__ = [
     "format_decisions",
     "greedy",
     "guard_collapse",
+    "hold_spikes",
     "inject_meta_hyperparams",
     "label_moe_params",
     "log_only",
@@ -69,6 +72,7 @@ __all__ = [
     "scale_by_meta",
     "scale_by_plateau",
     "scale_by_smart_expert_gate",
+    "skip_spikes",
     "smart_expert_gate",
     "trend_plateau",
     "with_decisions",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_optax import _checks
-from meta_optax._checks import Scalar
+from meta_optax._checks import Mode, Scalar
 from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
@@ -94,7 +94,7 @@ def advanced_plateau(
     update_frequency: Scalar = 1,
     rearm_trend: Scalar = True,
     max_weight_decay_growth: Scalar = 10.0,
-    mode: str = "min",
+    mode: Mode = "min",
     rtol: Scalar = 0.0,
     atol: Scalar = 1e-6,
     cooldown: Scalar = 0,

@@ -1,7 +1,7 @@
 """Checks of arguments: at build time an error, while tracing a clip."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,15 @@ from jax.core import Tracer
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike as Scalar
+    from optax import GradientTransformation as Transformation
 
+    Mode = Literal["min", "max"]
     Pair = tuple[Scalar, Scalar]
     Flag = bool
     Size = int
 else:
-    # What is no number has to reach the checks here, also where types are checked at run time.
-    Scalar = Pair = Flag = Size = Any
+    # What has another type must reach the checks here, also where types are checked at run time.
+    Scalar = Pair = Flag = Size = Mode = Transformation = Any
 
 _MOST = np.iinfo(np.int32).max
 

@@ -94,6 +94,13 @@ def start_from(base: Hyperparams, name: str) -> Float[Array, ""]:
     return jnp.where((value >= 0) & (value < jnp.inf), value, 0.0).astype(jnp.float32)
 
 
+def cast_like(new: Any, old: Any) -> Any:
+    """The new tree in the dtypes of the old one, where they have the same structure."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        return new
+    return jax.tree.map(lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype), new, old)
+
+
 def _at_least_float32(leaf: Array) -> Array:
     narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
     return leaf.astype(jnp.float32) if narrow else leaf

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_optax import _checks
-from meta_optax._checks import Scalar, Size
+from meta_optax._checks import Mode, Scalar, Size
 from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
@@ -59,7 +59,7 @@ def greedy(
     max_scale: Scalar = 3.0,
     window: Size = 128,
     significance: Scalar = 1e-5,
-    mode: str = "min",
+    mode: Mode = "min",
     update_frequency: Scalar = 1,
 ) -> MetaOptimizer:
     r"""Raises the learning rate while the loss improves, and cuts it when it does not.

@@ -4,7 +4,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
+
+# The median absolute deviation of a normal distribution times this is its standard deviation.
+_MAD_TO_DEVIATION = 1.4826
+# A deviation is never taken for smaller than this share of the median.
+_LEAST_DEVIATION = 1e-3
 
 
 class Window(NamedTuple):
@@ -96,3 +102,35 @@ def has_stalled(window: Window, *, tolerance: float = 1e-3) -> Bool[Array, ""]:
     first = window.values[0]
     bar = first - tolerance * jnp.abs(first)
     return is_full(window) & jnp.all(window.values[1:] >= bar)
+
+
+def stands_out(
+    window: Window, value: Float[Array, ""], threshold: ArrayLike, *, both_sides: bool = False
+) -> Bool[Array, ""]:
+    r"""Whether a value lies far above the window's values, or below them where both sides count.
+
+    .. math::
+      x - \text{median} > \text{threshold} \cdot
+        \max(1.4826 \cdot \text{MAD}, 10^{-3} \cdot |\text{median}|)
+
+    with MAD the median of the absolute distances from the median. Nothing stands out of a window
+    that holds no value; an infinite threshold lets nothing stand out.
+
+    Args:
+      window: the window over the metric.
+      value: the value to judge, which is not in the window yet.
+      threshold: the distance in robust standard deviations.
+      both_sides: whether a value far below stands out too.
+
+    References:
+      Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993: the modified z-score.
+    """
+    size = window.values.shape[-1]
+    values = jnp.where(
+        jnp.arange(size, dtype=jnp.int32) >= size - window.count, window.values, jnp.nan
+    )
+    median = jnp.nanmedian(values)
+    deviation = _MAD_TO_DEVIATION * jnp.nanmedian(jnp.abs(values - median))
+    distance = jnp.abs(value - median) if both_sides else value - median
+    # Multiplied, not divided: no deviation of zero makes this NaN, and NaN is no spike.
+    return distance > threshold * jnp.maximum(deviation, _LEAST_DEVIATION * jnp.abs(median))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 from meta_optax import _checks
 from meta_optax._control import (
     apply_safely,
+    cast_like,
     controlled,
     gather_metrics,
     layout_version,
@@ -216,12 +217,12 @@ def inject_meta_hyperparams(
                 # The loss reads them before the next update does: theirs is the next step.
                 ahead = base | free_of(_scheduled(arguments, count, states, extra_args))
                 used |= free_of(apply_safely(meta, meta_state, ahead, state.hyperparams, names))
-            return _cast_like(new_updates, updates), state._replace(
+            return cast_like(new_updates, updates), state._replace(
                 count=count,
                 hyperparams=used,
                 schedule_states=states,
                 meta_state=meta_state,
-                inner_state=_cast_like(_inner_state(injected), state.inner_state),
+                inner_state=cast_like(_inner_state(injected), state.inner_state),
             )
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -371,10 +372,3 @@ def _scheduled(
 def _inner_state(injected: Any) -> optax.OptState:
     """The optimizer's own part of the state of `optax.inject_hyperparams`."""
     return injected.inner_state
-
-
-def _cast_like(new: Any, old: Any) -> Any:
-    """The new tree in the dtypes of the old one, where they have the same structure."""
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        return new
-    return jax.tree.map(lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype), new, old)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meta_optax import _checks
-from meta_optax._checks import Scalar
+from meta_optax._checks import Mode, Scalar
 from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
@@ -65,7 +65,7 @@ def plateau(
     wd_increase_factor: Scalar = 1.1,
     max_weight_decay_growth: Scalar = 10.0,
     update_frequency: Scalar = 1,
-    mode: str = "min",
+    mode: Mode = "min",
     rtol: Scalar = 0.0,
     atol: Scalar = 0.0,
     cooldown: Scalar = 0,

@@ -11,8 +11,10 @@ from meta_optax._control import LAYOUT_VERSION
 from meta_optax._inject import InjectMetaHyperparamsState
 from meta_optax._scale import ScaleByMetaState
 from meta_optax._schedule import MetaScheduleState
+from meta_optax._spikes import SkipSpikesState
 
-_OWN_STATES = (InjectMetaHyperparamsState, ScaleByMetaState, MetaScheduleState)
+_STRATEGY_STATES = (InjectMetaHyperparamsState, ScaleByMetaState, MetaScheduleState)
+_OWN_STATES = (*_STRATEGY_STATES, SkipSpikesState)
 
 
 def read_hyperparams(opt_state: Any) -> dict[str, float]:
@@ -64,7 +66,8 @@ def reset(opt_state: Any, tx: Any, params: Any) -> Any:
     """Starts the strategies afresh; the optimizer's moments and all step counts stay.
 
     What the strategies start from (base values, changed in flight or not), what the last update
-    used and the log of decisions stay too. Can be called under `jax.jit`.
+    used, the log of decisions and what `hold_spikes` and `skip_spikes` have seen stay too. Can be
+    called under `jax.jit`.
 
     Args:
       opt_state: the optimizer's state.
@@ -89,10 +92,9 @@ def reset(opt_state: Any, tx: Any, params: Any) -> Any:
       0.1 4
     """
     shapes = jax.eval_shape(tx.init, params)
-    own = _nodes(opt_state, _is_own)
-    if not own:
+    if not _nodes(opt_state, _has_strategy):
         raise ValueError("The state holds no strategy of this library: there is nothing to reset.")
-    check_versions([node.layout_version for node in own])
+    check_versions([node.layout_version for node in _nodes(opt_state, _is_own)])
     if _layout(shapes) != _layout(opt_state):
         raise ValueError(
             "The state does not belong to this transformation and these params: structures, shapes "
@@ -100,18 +102,18 @@ def reset(opt_state: Any, tx: Any, params: Any) -> Any:
             "nnx.as_pure(nnx.state(model, nnx.Param))."
         )
     # Only the strategies' states leave the computation, so XLA makes no second set of moments.
-    fresh = jax.jit(lambda: [n.meta_state for n in _nodes(tx.init(params), _is_own)])()
+    fresh = jax.jit(lambda: [n.meta_state for n in _nodes(tx.init(params), _has_strategy)])()
     remaining = iter(fresh)
 
     def renew(node: Any) -> Any:
-        if not _is_own(node):
+        if not _has_strategy(node):
             return node
         meta_state = _carry_over(node.meta_state, next(remaining))
         rest = {name: walk(getattr(node, name)) for name in _rest(node)}
         return node._replace(**rest, meta_state=meta_state)
 
     def walk(tree: Any) -> Any:
-        return jax.tree.map(renew, tree, is_leaf=_is_own)
+        return jax.tree.map(renew, tree, is_leaf=_has_strategy)
 
     return walk(opt_state)
 
@@ -141,6 +143,10 @@ def _only_leaf(tree: Any) -> np.ndarray:
 
 def _is_own(node: Any) -> bool:
     return isinstance(node, _OWN_STATES)
+
+
+def _has_strategy(node: Any) -> bool:
+    return isinstance(node, _STRATEGY_STATES)
 
 
 def _has_hyperparams(node: Any) -> bool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from meta_optax import _checks
-from meta_optax._checks import Scalar, Size
+from meta_optax._checks import Mode, Scalar, Size
 from meta_optax._core import (
     Hyperparams,
     MetaOptimizer,
@@ -60,7 +60,7 @@ def trend_plateau(
     significance: Scalar = 1e-3,
     lr_factor: Scalar = 0.5,
     min_lr: Scalar = 1e-6,
-    mode: str = "min",
+    mode: Mode = "min",
     cooldown: Scalar = 0,
     update_frequency: Scalar = 1,
 ) -> MetaOptimizer:

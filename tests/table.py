@@ -29,6 +29,8 @@ class Strategy(NamedTuple):
     eager: Callable[[], mo.MetaOptimizer]
     grouped: bool = False
     layered: bool = False
+    # Whether a reset keeps a part of its state: a log, the progress of a warm-up, windows.
+    keeps: bool = False
 
 
 def custom() -> mo.MetaOptimizer:
@@ -53,6 +55,7 @@ STRATEGIES = {
     "advanced_plateau": Strategy(
         mo.advanced_plateau,
         lambda: mo.advanced_plateau(patience=1, warmup_steps=2, trend_window=2),
+        keeps=True,
     ),
     "plateau[smoothing]": Strategy(
         lambda: mo.plateau(smoothing=0.9, mode="max"),
@@ -120,10 +123,16 @@ STRATEGIES = {
     "log_only": Strategy(
         lambda: mo.log_only(mo.plateau()), lambda: mo.log_only(mo.plateau(patience=1))
     ),
+    "hold_spikes": Strategy(
+        lambda: mo.hold_spikes(mo.advanced_plateau()),
+        lambda: mo.hold_spikes(mo.plateau(patience=1), window=8, max_consecutive=1),
+        keeps=True,
+    ),
     "with_decisions": Strategy(
         lambda: mo.with_decisions(mo.chain(mo.advanced_plateau(), mo.smart_expert_gate())),
         lambda: mo.with_decisions(mo.chain(mo.plateau(patience=1), mo.expert_gate()), 3),
         grouped=True,
+        keeps=True,
     ),
 }
 
@@ -169,11 +178,13 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] 
         learning_rate=mo.as_schedule(mo.plateau(patience=1), 0.1)
     ),
     "moe_partition": lambda: mo.moe_partition(optax.adamw, LABELS)(0.1),
+    "skip_spikes": lambda: mo.skip_spikes(optax.adamw(0.1), window=8, max_consecutive=1),
+    "skip_spikes[inject]": lambda: mo.skip_spikes(injected(STRATEGIES["plateau"]), window=8),
 }
 
 # What holds for the transformations of this library alone: Optax's own injection lets updates
 # leave in the dtype of a strong schedule, and a plain AdamW of a partition is Optax's throughout.
-WITHOUT_HYPERPARAMS = ("moe_partition", "balance_router_bias")
+WITHOUT_HYPERPARAMS = ("moe_partition", "balance_router_bias", "skip_spikes")
 KEEPS_DTYPE = [name for name in TRANSFORMATIONS if name != "as_schedule"]
 
 

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from table import row
 
@@ -60,6 +61,20 @@ BAD = [
         for make in (mo.expert_gate, mo.smart_expert_gate, mo.guard_collapse)
     ),
 ]
+spikes_held = functools.partial(mo.hold_spikes, mo.plateau())
+spikes_skipped = functools.partial(mo.skip_spikes, optax.sgd(0.1))
+BAD += [
+    *(
+        (make, name, values)
+        for make in (spikes_held, spikes_skipped)
+        for name, values in (
+            ("window", [7, *POSITIVE_INTEGERS]),
+            ("threshold", [0.0, *AT_LEAST_ZERO]),
+            ("max_consecutive", POSITIVE_INTEGERS),
+        )
+    ),
+    (spikes_skipped, "mode", ["MIN", None, True, 1]),
+]
 CASES = [(make, name, value) for make, name, values in BAD for value in values]
 
 
@@ -101,3 +116,5 @@ def test_traced_arguments_can_be_mapped_over():
 def test_traced_window_is_an_error():
     with pytest.raises(ValueError, match=r"trend_window.*traced"):
         jax.jit(lambda n: mo.advanced_plateau(trend_window=n).init())(5)
+    with pytest.raises(ValueError, match=r"window.*traced"):
+        jax.jit(lambda n: mo.hold_spikes(mo.plateau(), window=n).init())(9)

@@ -77,7 +77,7 @@ class TestReset:
         assert int(new.count) == 5
         chex.assert_trees_all_equal(new.inner_state, old.inner_state)
         chex.assert_trees_all_equal(new.hyperparams, old.hyperparams)
-        if name not in ("with_decisions", "advanced_plateau"):  # which keep a log, and the warm-up
+        if not STRATEGIES[name].keeps:
             chex.assert_trees_all_equal(new.meta_state, tx.init(p).meta_state)
 
     def test_warm_up_does_not_start_again(self):

@@ -88,7 +88,7 @@ def test_table_names_every_strategy_and_combinator():
     strategies = ("plateau", "advanced_plateau", "expert_gate", "smart_expert_gate")
     for name in (*strategies, "adapt_aux_loss", "guard_collapse"):
         assert f"| [`{name}`](docs/strategies/{name}.md) |" in README
-    for name in ("chain", "every", "bounded", "log_only", "with_decisions"):
+    for name in ("chain", "every", "bounded", "log_only", "hold_spikes", "with_decisions"):
         assert f"| `{name}(" in README
 
 
