@@ -22,9 +22,9 @@ from meta_optax._core import (
 )
 from meta_optax._rules import copy_for_plateau
 from meta_optax._trend import (
+    SHORTEST_SPAN,
     TrendState,
     advance_trend,
-    clear_trend_where,
     empty_trend,
     read_trend,
 )
@@ -52,12 +52,12 @@ class GreedyState(NamedTuple):
 def greedy(
     *,
     factor: Scalar = 0.9,
-    patience: Scalar = 10,
+    patience: Scalar = 0,
     warmup: Scalar = 0,
     cooldown: Scalar = 0,
     min_scale: Scalar = 0.1,
     max_scale: Scalar = 3.0,
-    window: Size = 128,
+    window: Size = 256,
     significance: Scalar = 1e-5,
     mode: Mode = "min",
     update_frequency: Scalar = 1,
@@ -77,9 +77,10 @@ def greedy(
     leads to its floor. Here a row improves if a line through a span of the last ``window`` rows
     falls, and worsens if one rises, both at the level ``significance`` by the tests of
     `trend_plateau` (robust to spikes, corrected for autocorrelation); it stalls if a fall is shown
-    to have ended. Noise about a level is none of these, and moves the rate nowhere; a fall that
-    ends is one cut or a few, not a way down: to follow a plateau, use `trend_plateau`. A step
-    empties the evidence, so that each needs 16 rows of its own at the least.
+    to have ended. Noise about a level is none of these, and moves the rate nowhere. A fall that
+    ends is cut as long as the window holds its end, which about gives back what its rows raised:
+    to go on down a plateau, use `trend_plateau`. After a step the next 16 rows move nothing, so
+    that none moves the rate twice.
 
     The bounds are relative to the base value, which may be a schedule. Every group's form of a rate
     is moved alike.
@@ -89,8 +90,8 @@ def greedy(
     Args:
       factor: what a cut multiplies the rate by, and a raise divides it by, in (0, 1).
       patience: rows in a row before a step, an integer >= 0: the step is at the next.
-      warmup: rows after a raise that do not count, an integer >= 0.
-      cooldown: rows after a cut that do not count, an integer >= 0.
+      warmup: rows after a raise that do not count, an integer >= 0; they are 16 at the least.
+      cooldown: rows after a cut that do not count, an integer >= 0; they are 16 at the least.
       min_scale: the least share of the base rate, in (0, 1].
       max_scale: the largest multiple of the base rate, >= 1.
       window: rows that the tests look back on, an integer >= 8, not traced.
@@ -154,8 +155,10 @@ def greedy(
         moves = raises | cuts
         scale = state.rate_scale * jnp.where(raises, 1.0 / factor, jnp.where(cuts, factor, 1.0))
         waiting = jnp.where(raises, warmup, jnp.where(cuts, cooldown, 0))
+        # The rows that moved it must not move it again.
+        waiting = jnp.where(moves, jnp.maximum(waiting, SHORTEST_SPAN), 0)
         return state._replace(
-            trend=clear_trend_where(moves, trend),
+            trend=trend,
             good_count=jnp.where(moves, 0, good_count),
             bad_count=jnp.where(moves, 0, bad_count),
             waiting=waiting.astype(jnp.int32),
@@ -171,7 +174,8 @@ def greedy(
         bad = seen.has_stalled | (seen.is_rising & ~seen.is_falling)
         good = seen.is_falling & ~seen.is_rising & ~seen.has_stalled
         decided = decide(state, trend, good, bad)
-        return select(state.waiting > 0, state._replace(waiting=state.waiting - 1), decided)
+        waiting = state._replace(trend=trend, waiting=state.waiting - 1)
+        return select(state.waiting > 0, waiting, decided)
 
     def apply(state: GreedyState, hyperparams: Mapping[str, Any]) -> Hyperparams:
         out = copy_for_plateau("greedy", hyperparams)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 _BLOCKS = 64
 # The lengths, in blocks, of the spans that are compared with as long a span before them.
 _SPANS = (16, 23, 32)
+SHORTEST_SPAN = min(_SPANS)
 # A row is drawn to within so many robust deviations of the median of the rows before it; rows in
 # a row that had to be drawn to the same side are a new level.
 _RECENT = 9

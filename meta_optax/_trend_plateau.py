@@ -57,7 +57,7 @@ class TrendPlateauState(NamedTuple):
 def trend_plateau(
     *,
     window: Size = 256,
-    significance: Scalar = 1e-3,
+    significance: Scalar = 2e-4,
     lr_factor: Scalar = 0.5,
     min_lr: Scalar = 1e-6,
     mode: Mode = "min",
