@@ -27,7 +27,7 @@ from meta_optax._core import (
 
 # Texts are kept as bytes beside the numbers, so that a log can be read without the strategies.
 _NAME_BYTES = 32
-_REASON_BYTES = 64
+_TEXT_BYTES = 64
 # Two float32 computations of one value may differ by this much, relatively, without a decision.
 _ROUNDING = 1e-6
 
@@ -43,8 +43,8 @@ class DecisionLog(NamedTuple):
     new: Float[Array, " capacity"]
     value: Float[Array, " capacity"]
     hyperparam: UInt8[Array, "capacity name_bytes"]
-    reason: UInt8[Array, "capacity reason_bytes"]
-    metric: UInt8[Array, "capacity name_bytes"]
+    reason: UInt8[Array, "capacity text_bytes"]
+    metric: UInt8[Array, "capacity text_bytes"]
 
 
 class WithDecisionsState(NamedTuple):
@@ -66,8 +66,8 @@ class _Candidate(NamedTuple):
     new: Float[Array, ""]
     value: Float[Array, ""]
     hyperparam: UInt8[Array, " name_bytes"]
-    reason: UInt8[Array, " reason_bytes"]
-    metric: UInt8[Array, " name_bytes"]
+    reason: UInt8[Array, " text_bytes"]
+    metric: UInt8[Array, " text_bytes"]
 
 
 def with_decisions(meta_optimizer: MetaOptimizer, capacity: Scalar = 64) -> MetaOptimizer:
@@ -110,8 +110,8 @@ def with_decisions(meta_optimizer: MetaOptimizer, capacity: Scalar = 64) -> Meta
             new=jnp.zeros([capacity], jnp.float32),
             value=jnp.zeros([capacity], jnp.float32),
             hyperparam=jnp.zeros([capacity, _NAME_BYTES], jnp.uint8),
-            reason=jnp.zeros([capacity, _REASON_BYTES], jnp.uint8),
-            metric=jnp.zeros([capacity, _NAME_BYTES], jnp.uint8),
+            reason=jnp.zeros([capacity, _TEXT_BYTES], jnp.uint8),
+            metric=jnp.zeros([capacity, _TEXT_BYTES], jnp.uint8),
         )
         return WithDecisionsState(log=log, inner=meta.init())
 
@@ -204,16 +204,16 @@ def _candidate(
     shown = [_shown_name(name, meta.metrics) for name in rule.metrics]
     values = [_scalar_of(metrics.get(name), rule.layer) for name in shown]
 
-    def text(texts: Iterable[str], size: int) -> UInt8[Array, " bytes"]:
-        return jnp.asarray(np.stack([_encode(text, size) for text in texts]))[rule.index]
+    def text(texts: Iterable[str]) -> UInt8[Array, " text_bytes"]:
+        return jnp.asarray(np.stack([_encode(text, _TEXT_BYTES) for text in texts]))[rule.index]
 
     return _Candidate(
         old=old,
         new=new,
         value=jnp.stack(values)[rule.index],
         hyperparam=jnp.asarray(_encode(hyperparam, _NAME_BYTES)),
-        reason=text(rule.texts, _REASON_BYTES),
-        metric=text(shown, _NAME_BYTES),
+        reason=text(rule.texts),
+        metric=text(shown),
     )
 
 

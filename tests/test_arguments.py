@@ -19,6 +19,10 @@ FACTORS = [0.0, 1.0, -0.5, 1.5, math.nan, math.inf, "0.5", None, True]
 GROWTHS = [0.5, -1.0, math.nan, "2", None]
 SHARES = [-0.1, 1.1, math.nan, None]
 FLAGS = [1, None, "yes"]
+NOT_NEGATIVE = [-1, 1.5, math.nan, None]
+OPEN_SHARES = [0.0, 1.0, -0.1, 1.5, math.nan, None, "0.5"]
+SMOOTHINGS = [-1, 1.5, -0.5, math.nan, math.inf, None, "0.9", True, [3]]
+MODES = ["Min", "", None, 1, ["min"]]
 
 BAD = [
     (mo.plateau, "patience", POSITIVE_INTEGERS),
@@ -51,6 +55,38 @@ BAD = [
     (mo.smart_expert_gate, "specialization_bonus", [*AT_LEAST_ZERO, math.inf]),
     (mo.smart_expert_gate, "update_frequency", POSITIVE_INTEGERS),
     (mo.smart_expert_gate, "specialization_threshold", SHARES),
+    *(
+        (make, name, values)
+        for make in (mo.plateau, mo.advanced_plateau)
+        for name, values in {
+            "rtol": [*AT_LEAST_ZERO, math.inf],
+            "atol": [*AT_LEAST_ZERO, math.inf],
+            "cooldown": NOT_NEGATIVE,
+            "smoothing": SMOOTHINGS,
+        }.items()
+    ),
+    *(
+        (make, "mode", MODES)
+        for make in (mo.plateau, mo.advanced_plateau, mo.trend_plateau, mo.greedy)
+    ),
+    *(
+        (make, name, values)
+        for make in (mo.trend_plateau, mo.greedy)
+        for name, values in {
+            "window": [2, 7, *POSITIVE_INTEGERS],
+            "significance": OPEN_SHARES,
+            "cooldown": NOT_NEGATIVE,
+            "update_frequency": POSITIVE_INTEGERS,
+        }.items()
+    ),
+    (mo.trend_plateau, "lr_factor", FACTORS),
+    (mo.trend_plateau, "min_lr", [*AT_LEAST_ZERO, math.inf]),
+    (mo.greedy, "factor", FACTORS),
+    (mo.greedy, "patience", NOT_NEGATIVE),
+    (mo.greedy, "warmup", NOT_NEGATIVE),
+    # Bounds in the wrong order cannot be given: 1 lies between them.
+    (mo.greedy, "min_scale", [0.0, 1.1, -1.0, math.nan, None]),
+    (mo.greedy, "max_scale", [0.9, math.inf, -1.0, math.nan, None]),
     *(
         (make, name, FLAGS)
         for make in (mo.expert_gate, mo.smart_expert_gate)

@@ -36,7 +36,7 @@ def _autocorrelated(rng, size, phi):
 @pytest.mark.usefixtures("strict_numerics")
 class TestStatistics:
     def test_blocks_are_means_of_rows(self):
-        rows = np.sin(0.1 * np.arange(200))  # of which none is drawn in
+        rows = np.sqrt(1.0 + np.arange(200))  # of which none is drawn in
         state = _after(rows, window=256)
         assert state.means.shape == (4, 64)
         for size, means in zip((1, 2, 4, 8), state.means, strict=True):
@@ -120,22 +120,28 @@ class TestVerdict:
 
     @pytest.mark.parametrize("deviation", [0.0, 0.02])
     def test_of_fall_stall_and_rise(self, deviation):
-        noise = deviation * np.random.default_rng(4).normal(size=90)
-        fall = 5.0 - 0.02 * np.arange(90)
-        stall = 5.0 - 0.02 * np.minimum(np.arange(90), 60)
-        rise = 5.0 + 0.02 * np.arange(90)
-        falling, stalled, rising = (_read(rows + noise) for rows in (fall, stall, rise))
+        noise = deviation * np.random.default_rng(4).normal(size=100)
+        fall = 5.0 - 0.02 * np.arange(100)
+        rise = 5.0 + 0.02 * np.arange(100)
+        falling, rising = (_read(rows + noise) for rows in (fall, rise))
         assert falling.is_falling
         assert falling.is_certain
         assert not falling.has_stalled
         assert not falling.is_rising
         assert not falling.is_flat
-        assert stalled.has_stalled
-        assert not stalled.is_rising
         assert rising.is_rising
         assert rising.is_flat  # in the sense that it does not fall
         assert not rising.is_falling
         assert not rising.has_stalled
+
+    @pytest.mark.parametrize("deviation", [0.0, 0.02])
+    def test_a_stall_shows_a_while_after_it_began(self, deviation):
+        noise = deviation * np.random.default_rng(4).normal(size=120)
+        rows = 5.0 - 0.02 * np.minimum(np.arange(120), 60) + noise
+        ends = np.arange(40, 121, 4)
+        shown = [bool(_read(rows[:end]).has_stalled) for end in ends]
+        assert any(shown)
+        assert 70 < ends[np.argmax(shown)] < 110
 
     def test_a_slow_fall_after_a_steep_one_is_no_stall(self):
         rows = np.concatenate([10.0 - 0.1 * np.arange(60), 4.0 - 0.002 * np.arange(60)])
