@@ -67,6 +67,13 @@ def make_arms(labels: dict[str, str]) -> dict[str, Arm]:
         "plateau, no norm": Arm(inject(mo.plateau(wd_increase_factor=1.0)), ("value",)),
         "advanced_plateau (both norms)": Arm(inject(mo.advanced_plateau()), ("value",)),
         "advanced_plateau, no norms": Arm(inject(no_norms), ("value",)),
+        "trend_plateau": Arm(inject(mo.trend_plateau()), ("value",)),
+        "greedy": Arm(inject(mo.greedy()), ("value",)),
+        "hold_spikes(plateau), no norm": Arm(
+            inject(mo.hold_spikes(mo.plateau(wd_increase_factor=1.0))), ("value",)
+        ),
+        "AdamW, apply_if_finite": Arm(optax.apply_if_finite(optax.adamw(RATE), 5)),
+        "skip_spikes(AdamW)": Arm(mo.skip_spikes(optax.adamw(RATE)), ("value",)),
         "AdamW, partition, injected": Arm(
             optax.inject_hyperparams(grouped)(learning_rate=RATE, gate_learning_rate=RATE / 10)
         ),

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint import v1 as ocp
 from table import BASE, FREE, LABELS, STRATEGIES, injected, params, row
 
 import meta_optax as mo
@@ -312,6 +313,35 @@ class TestDecisions:
         with jax.transfer_guard("disallow"), jax.log_compiles(False):
             mo.read_decisions(state)
             mo.read_hyperparams(state)
+
+    def test_log_survives_a_checkpoint(self, tmp_path):
+        """Saved and restored by Orbax, it reads the same, and goes on as if nothing had been."""
+        tx = _logged(mo.chain(mo.plateau(patience=1), mo.trend_plateau(window=8)))
+        old = _run(tx, [row(i) for i in range(12)])
+        ocp.save(tmp_path / "state", old)
+        restored = ocp.load(tmp_path / "state", tx.init(params()))
+        assert mo.read_decisions(restored) == mo.read_decisions(old)
+        rows = [row(i) for i in range(3)]
+        again = mo.read_decisions(_run(tx, rows, restored))
+        assert again == mo.read_decisions(_run(tx, rows, old))
+        assert [(d.metric, d.value) for d in again] == [
+            (d.metric, d.value) for d in mo.read_decisions(_run(tx, rows, old))
+        ]
+        assert len(again) > len(mo.read_decisions(old))
+
+    def test_log_is_the_same_under_scan_and_vmap(self):
+        tx = _logged(mo.plateau(patience=1))
+        p, rows = params(), [row(i) for i in range(6)]
+        expected = mo.read_decisions(_run(tx, rows))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+        def run(state):
+            return jax.lax.scan(lambda s, m: (tx.update(p, s, p, **m)[1], None), state, stacked)[0]
+
+        assert mo.read_decisions(jax.jit(run)(tx.init(p))) == expected
+        two = jax.tree.map(lambda x: jnp.stack([x, x]), tx.init(p))
+        one = jax.tree.map(lambda x: x[1], jax.vmap(run)(two))
+        assert mo.read_decisions(one) == expected
 
     def test_batched_log(self):
         tx = _logged(mo.plateau())
