@@ -43,6 +43,7 @@ from meta_optax._rules import (
     grow,
     grown_decay,
     has_room,
+    is_cooling,
     is_exactly,
     warmup_share,
 )
@@ -58,7 +59,7 @@ class AdvancedPlateauState(NamedTuple):
     # A reset starts the decisions afresh, not the training.
     kept_on_reset = ("warmup",)
 
-    smoothed: Smoothed
+    smoothed: Smoothed | None
     best: Float[Array, ""]
     bad_count: Int[Array, ""]
     cooldown_count: Int[Array, ""]
@@ -197,7 +198,7 @@ def advanced_plateau(
 
     def init() -> AdvancedPlateauState:
         return AdvancedPlateauState(
-            smoothed=empty_average(),
+            smoothed=empty_average(kept),
             best=jnp.full([], sign * jnp.inf, jnp.float32),
             bad_count=jnp.zeros([], jnp.int32),
             cooldown_count=jnp.zeros([], jnp.int32),
@@ -219,10 +220,10 @@ def advanced_plateau(
     def observe_rate(
         state: AdvancedPlateauState, metrics: Metrics, warm: Bool[Array, ""]
     ) -> AdvancedPlateauState:
-        smoothed, is_judged = average_rows(state.smoothed, metrics["value"], kept)
-        value = sign * smoothed.average
+        smoothed, value, is_judged = average_rows(state.smoothed, metrics["value"], kept)
+        value = sign * value
         best, bad = count_bad(sign * state.best, state.bad_count, value, **margins)
-        cooling = state.cooldown_count > 0
+        cooling = is_cooling(state.cooldown_count, cooldown)
         losses = push(state.losses, value)
         by_patience = bad >= patience
         fires = (
@@ -283,7 +284,7 @@ def advanced_plateau(
         return select(is_due(step, frequency), held(state, metrics), between)
 
     def apply(state: AdvancedPlateauState, hyperparams: Mapping[str, Any]) -> Hyperparams:
-        out = copy_for_plateau("advanced_plateau", hyperparams)
+        out = copy_for_plateau("advanced_plateau", hyperparams, controls_decay=True)
         for key in forms(hyperparams, "learning_rate"):
             out[key] = cut_rate(hyperparams[key], state.rate_scale, min_lr) * state.warmup
         for key in forms(hyperparams, "weight_decay") if norms else ():

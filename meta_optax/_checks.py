@@ -103,7 +103,7 @@ def sign_of_mode(mode: Any) -> float:
     Raises:
       ValueError: for another mode.
     """
-    if mode not in ("min", "max"):
+    if not isinstance(mode, str) or mode not in ("min", "max"):
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
     return 1.0 if mode == "min" else -1.0
 
@@ -120,8 +120,8 @@ def smoothing(value: Any) -> int | float:
     is_block = number is not None and number.is_integer() and 0 <= number <= _MOST
     if number is None or not (is_block or 0.0 < number < 1.0):
         raise ValueError(
-            "smoothing must be 0 (none), a share in (0, 1) that an average keeps, or a block's "
-            f"rows, an integer >= 2; got {value!r}."
+            "smoothing must be 0 or 1 (none), a share in (0, 1) that an average keeps, or the rows "
+            f"of a block, an integer >= 2; got {value!r}."
         )
     return int(max(number, 1)) if is_block else number
 

@@ -50,6 +50,11 @@ class Decision(_DecisionFields):
         self.metric, self.value = metric, value
         return self
 
+    def _replace(self, **changes: Any) -> "Decision":
+        """A copy with some of the five, or of the two notes, changed."""
+        own = {**self._asdict(), "metric": self.metric, "value": self.value}
+        return Decision(**{**own, **changes})
+
 
 def read_decisions(opt_state: Any) -> list[Decision]:
     """The decisions that a state remembers, oldest first, with one transfer from the device.

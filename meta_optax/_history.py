@@ -51,30 +51,35 @@ class Smoothed(NamedTuple):
     count: Int[Array, ""]
 
 
-def empty_average() -> Smoothed:
-    """The average of no rows."""
+def empty_average(smoothing: int | float) -> Smoothed | None:
+    """The average of no rows; None where the rows themselves are judged."""
+    if smoothing == 1:
+        return None
     return Smoothed(average=jnp.zeros([], jnp.float32), count=jnp.zeros([], jnp.int32))
 
 
 def average_rows(
-    state: Smoothed, value: Float[Array, ""], smoothing: int | float
-) -> tuple[Smoothed, Bool[Array, ""]]:
-    """The average with one more row, and whether it is one to be judged.
+    state: Smoothed | None, value: Float[Array, ""], smoothing: int | float
+) -> tuple[Smoothed | None, Float[Array, ""], Bool[Array, ""]]:
+    """The average with one more row, what is to be judged, and whether there is anything to.
 
     Args:
       state: the average so far.
       value: the row.
       smoothing: what an exponential moving average keeps, where that is below 1, which is judged
-        at each row; else the rows of a block, whose mean is judged at its end.
+        at each row; else the rows of a block, whose mean is judged at its end; 1 is none.
     """
+    if state is None:
+        return state, value, jnp.array(True)
     if isinstance(smoothing, float):
+        average = smooth(state.average, value, state.count, smoothing)
         count = jnp.minimum(state.count + 1, 1)
-        return Smoothed(smooth(state.average, value, state.count, smoothing), count), count > 0
+        return Smoothed(average, count), average, jnp.array(True)
     count = jnp.where(state.count >= smoothing, 0, state.count) + 1
     # A mean that is updated does not overflow where a sum would.
     share = 1.0 / count.astype(jnp.float32)
     average = jnp.where(count == 1, value, state.average * (1.0 - share) + value * share)
-    return Smoothed(average, count), count >= smoothing
+    return Smoothed(average, count), average, count >= smoothing
 
 
 def is_full(window: Window) -> Bool[Array, ""]:

@@ -30,6 +30,7 @@ from meta_optax._rules import (
     grow,
     grown_decay,
     has_room,
+    is_cooling,
     is_exactly,
 )
 
@@ -40,7 +41,7 @@ _GRAD_NORM_THRESHOLD = 10.0
 class PlateauState(NamedTuple):
     """State of `plateau`."""
 
-    smoothed: Smoothed
+    smoothed: Smoothed | None
     best: Float[Array, ""]
     bad_count: Int[Array, ""]
     cooldown_count: Int[Array, ""]
@@ -151,7 +152,7 @@ def plateau(
 
     def init() -> PlateauState:
         return PlateauState(
-            smoothed=empty_average(),
+            smoothed=empty_average(kept),
             best=jnp.full([], sign * jnp.inf, jnp.float32),
             bad_count=jnp.zeros([], jnp.int32),
             cooldown_count=jnp.zeros([], jnp.int32),
@@ -164,11 +165,9 @@ def plateau(
         return {"value": 0} | ({"grad_norm": 0} if grows and sees(metrics, "weight_decay") else {})
 
     def observe_rate(state: PlateauState, metrics: Metrics) -> PlateauState:
-        smoothed, is_judged = average_rows(state.smoothed, metrics["value"], kept)
-        best, bad = count_bad(
-            sign * state.best, state.bad_count, sign * smoothed.average, **margins
-        )
-        fires = (bad >= patience) & (state.cooldown_count <= 0)
+        smoothed, value, is_judged = average_rows(state.smoothed, metrics["value"], kept)
+        best, bad = count_bad(sign * state.best, state.bad_count, sign * value, **margins)
+        fires = (bad >= patience) & ~is_cooling(state.cooldown_count, cooldown)
         bad, left = cool_down(bad, state.cooldown_count, fires, cooldown)
         acts = fires & has_room(metrics, state.rate_scale, min_lr)
         judged = state._replace(
@@ -187,7 +186,7 @@ def plateau(
         return seen._replace(decay_growth=grow(state.decay_growth, factor, high))
 
     def apply(state: PlateauState, hyperparams: Mapping[str, Any]) -> Hyperparams:
-        out = copy_for_plateau("plateau", hyperparams)
+        out = copy_for_plateau("plateau", hyperparams, controls_decay=True)
         for key in forms(hyperparams, "learning_rate"):
             out[key] = cut_rate(hyperparams[key], state.rate_scale, min_lr)
         for key in forms(hyperparams, "weight_decay") if grows else ():

@@ -34,6 +34,11 @@ def count_bad(
     return jnp.where(better, value, best), jnp.where(better, 0, optax.safe_increment(bad))
 
 
+def is_cooling(left: Int[Array, ""], cooldown: ArrayLike) -> Bool[Array, ""]:
+    """Whether a row is of a cooldown, of which there may be none."""
+    return jnp.array(False) if isinstance(cooldown, int) and cooldown == 0 else left > 0
+
+
 def cool_down(
     bad: Int[Array, ""], left: Int[Array, ""], fires: Bool[Array, ""], cooldown: ArrayLike
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
@@ -41,8 +46,10 @@ def cool_down(
 
     Bad rows of a cooldown do not count.
     """
+    if isinstance(cooldown, int) and cooldown == 0:
+        return jnp.where(fires, 0, bad), left
     after = jnp.where(fires, cooldown, jnp.maximum(left - 1, 0)).astype(jnp.int32)
-    return jnp.where(fires | (left > 0), 0, bad), after
+    return jnp.where(fires | is_cooling(left, cooldown), 0, bad), after
 
 
 def cut(scale: Float[Array, ""], factor: ArrayLike, fires: Bool[Array, ""]) -> Float[Array, ""]:
@@ -99,14 +106,17 @@ def warmup_share(step: Int[Array, ""], warmup_steps: ArrayLike) -> Float[Array, 
     return jnp.minimum((step.astype(jnp.float32) + 1.0) / whole, 1.0)
 
 
-def copy_for_plateau(strategy: str, hyperparams: Mapping[str, Any]) -> Hyperparams:
+def copy_for_plateau(
+    strategy: str, hyperparams: Mapping[str, Any], *, controls_decay: bool = False
+) -> Hyperparams:
     """A copy of the hyperparameters, among which must be one that a plateau controls.
 
     Raises:
       ValueError: if there is none, naming those that there are.
     """
     # A schedule for weight decay shows that alone; an optimizer without a rate is a mistake.
-    if not forms(hyperparams, "learning_rate") and set(hyperparams) != {"weight_decay"}:
+    is_decay = controls_decay and set(hyperparams) == {"weight_decay"}
+    if not forms(hyperparams, "learning_rate") and not is_decay:
         raise ValueError(
             f"{strategy} controls 'learning_rate', which the optimizer does not take: its "
             f"hyperparameters are {sorted(hyperparams)}. Give the factory an argument of that name."

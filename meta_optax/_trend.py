@@ -32,6 +32,8 @@ _REMAINDER = 0.25
 # doubt is the fall's. A shorter span that falls at this other one speaks against a stall.
 _BELOW = -0.5
 _STILL_FALLING = -1.645
+# From this z-score on, the signs of the changes from block to block count too.
+_MONOTONE = 3.0
 _MOST_AUTOCORRELATION = 0.95
 # Rows beyond this are drawn to it, so that no sum of them overflows.
 _LARGEST = 1e30
@@ -106,7 +108,9 @@ def advance_trend(state: TrendState, value: Float[Array, ""]) -> TrendState:
     """
     value = jnp.clip(value, -_LARGEST, _LARGEST)
     drawn, side = _draw_in(state, value)
-    run = jnp.where(jnp.sign(state.outliers) == side, state.outliers + side, side)
+    # A value that is only carried on, as an evaluation's between two of them, is no new evidence.
+    is_new = jnp.where(value != state.recent[-1], side, 0)
+    run = jnp.where(jnp.sign(state.outliers) == side, state.outliers + is_new, side)
     is_new_level = jnp.abs(run) >= _NEW_LEVEL
     value_kept = jnp.where(is_new_level, value, drawn)
     before = jnp.where(is_new_level, 0, state.count)
@@ -127,13 +131,21 @@ def advance_trend(state: TrendState, value: Float[Array, ""]) -> TrendState:
     )
 
 
-def read_trend(state: TrendState, window: int, significance: jax.typing.ArrayLike) -> Trend:
+def read_trend(
+    state: TrendState,
+    window: int,
+    significance: jax.typing.ArrayLike,
+    min_evidence: jax.typing.ArrayLike = 2 * SHORTEST_SPAN,
+) -> Trend:
     r"""Tests the slopes of the spans that end now.
 
     A line is fitted to each span of :math:`m` blocks and to the :math:`m` blocks before it. With
     :math:`\hat\phi` the autocorrelation of the residuals, a slope's standard error is that of
     least squares times :math:`\sqrt{(1 + \hat\phi) / (1 - \hat\phi)}`, as if there were
     :math:`m (1 - \hat\phi) / (1 + \hat\phi)` blocks, which the degrees of freedom are taken from.
+    A smooth curve's residuals are as correlated as can be, whatever it does; so the signs of the
+    changes within a span are counted as well, whose sum is at most :math:`\sqrt{m - 1}` wide under
+    noise of any correlation, and which rule where they are nearly all the same.
     """
     sizes, spans = state.means.shape[0], (*_SPANS, _whole_span(window))
     lengths = jnp.asarray([spans], jnp.float32)
@@ -150,10 +162,13 @@ def read_trend(state: TrendState, window: int, significance: jax.typing.ArrayLik
     inflation = _inflation(fits, pieces, lengths)
     error = jnp.sqrt(12.0 / (lengths**3 - lengths) / (lengths - 2.0) * inflation)
     score = _score(fits[0].slope, error * jnp.sqrt(fits[0].squares), lengths / inflation - 2.0)
+    signs = _sign_score(state.means, spans)
+    score = jnp.where(jnp.abs(signs) > jnp.maximum(jnp.abs(score), _MONOTONE), signs, score)
 
     has_ended = _has_ended(fits[0], fits[1], error, 2.0 * lengths / inflation - 4.0, significance)
-    stalls = paired & has_ended & (score > _BELOW)
     length = jnp.asarray(rows, jnp.float32)
+    enough = 2.0 * length >= jnp.asarray(min_evidence, jnp.float32)
+    stalls = paired & enough & has_ended & (score > _BELOW)
     shortest = jnp.where(stalls, length, jnp.inf)
     falls = held & (score < _STILL_FALLING)
     whole = score[-1, -1]
@@ -186,7 +201,10 @@ def _whole_span(window: int) -> int:
 def _draw_in(state: TrendState, value: Float[Array, ""]) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The value within its limits, and on which side of them it was, as -1, 0 or 1."""
     middle = jnp.sort(state.recent)[_RECENT // 2]
-    deviation = 1.4826 * jnp.sort(jnp.abs(state.recent - middle))[_RECENT // 2]
+    distances = jnp.sort(jnp.abs(state.recent - middle))
+    # Where most rows are the same, as those of a metric in few digits are, the mean stands in.
+    middling = 1.4826 * distances[_RECENT // 2]
+    deviation = jnp.where(middling > 0, middling, 1.2533 * distances.mean())
     limit = _MOST_DEVIATIONS * deviation + 1e-6 * jnp.abs(middle)
     is_known = state.recent_count >= _RECENT
     drawn = jnp.where(is_known, jnp.clip(value, middle - limit, middle + limit), value)
@@ -214,6 +232,13 @@ def _weights(spans: tuple[int, ...], back: int) -> tuple[np.ndarray, np.ndarray,
         members[row, place] = 1.0
         times[row, place] = np.arange(length) - (length - 1) / 2
     return members, times, times / np.maximum((times**2).sum(axis=1, keepdims=True), 1.0)
+
+
+def _sign_score(means: Float[Array, "sizes blocks"], spans: tuple[int, ...]) -> Array:
+    """The z-score of the signs of changes from block to block within each span."""
+    signs = jnp.sign(jnp.diff(means, axis=1))
+    sums = [signs[:, _BLOCKS - length :].sum(axis=1) / math.sqrt(length - 1) for length in spans]
+    return jnp.stack(sums, axis=1)
 
 
 def _has_ended(
@@ -292,7 +317,7 @@ def _autocorrelation(products: Array, squares: Array, length: Array) -> Array:
 def _score(slope: Array, error: Array, freedom: Array) -> Array:
     """The z-score with the tail of a t statistic (Wallace's approximation); 0 for 0 / 0."""
     freedom = jnp.maximum(freedom, 1.0)
-    statistic = jnp.where(slope == 0, 0.0, slope / jnp.maximum(error, 1e-12))
+    statistic = jnp.where(slope == 0, 0.0, slope / jnp.maximum(error, _TINY))
     size = jnp.sqrt(freedom * jnp.log1p(statistic**2 / freedom))
     return jnp.sign(statistic) * size * (8.0 * freedom + 1.0) / (8.0 * freedom + 3.0)
 

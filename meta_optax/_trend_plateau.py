@@ -62,6 +62,7 @@ def trend_plateau(
     min_lr: Scalar = 1e-6,
     mode: Mode = "min",
     cooldown: Scalar = 0,
+    min_evidence: Scalar = 32,
     update_frequency: Scalar = 1,
 ) -> MetaOptimizer:
     r"""Cuts the learning rate once the loss is shown to have stopped falling, noise or not.
@@ -90,9 +91,9 @@ def trend_plateau(
     - *Spikes*: a row is drawn to within six robust deviations (median and MAD) of the nine before
       it. Five in a row on one side are a new level, and the evidence starts afresh there: a loss
       that falls again after a spike is not cut, however far above its old best.
-    - *Evidence*: no cut before 32 rows; where no fall was seen, none before ``window`` rows. A cut
-      empties the evidence. Each cut without a fall since the one before waits four times as long:
-      what did not help is not repeated at once.
+    - *Evidence*: no cut before ``min_evidence`` rows; where no fall was seen, none before
+      ``window`` rows. A cut empties the evidence. Each cut without a fall since the one before
+      waits four times as long: what did not help is not repeated at once.
     - *Values*: only slopes count, so the loss may cross zero, and its scale does not matter.
 
     The cuts multiply the base value, so a base schedule keeps its shape, and every group's form of
@@ -111,6 +112,9 @@ def trend_plateau(
       min_lr: the rate below which no cut leads, >= 0, in units of the base rate.
       mode: ``"min"`` for a metric to be lowered, ``"max"`` for one to be raised.
       cooldown: rows after a cut that are not looked at, an integer >= 0.
+      min_evidence: the fewest rows that a cut rests on, an integer >= 8, half of them before the
+        fall's end. A loss that rises and falls in a rhythm (of the data's order, say) does stall
+        for a while each time: to look past that, take four times the period.
       update_frequency: look at the metrics of every n-th step only; an integer >= 1.
 
     Arguments that are traced are clipped to these ranges.
@@ -145,6 +149,7 @@ def trend_plateau(
     min_lr = _checks.real("min_lr", min_lr, open_high=True)
     sign = _checks.sign_of_mode(mode)
     cooldown = _checks.integer("cooldown", cooldown, low=0)
+    evidence = _checks.integer("min_evidence", min_evidence, low=8)
     frequency = _checks.integer("update_frequency", update_frequency, low=1)
 
     def init() -> TrendPlateauState:
@@ -162,7 +167,8 @@ def trend_plateau(
         return {"value": 0}
 
     def decide(state: TrendPlateauState, seen: Trend, metrics: Metrics) -> TrendPlateauState:
-        waited = state.trend.count.astype(jnp.float32) >= window * state.hold
+        wait = jnp.maximum(window * state.hold, jnp.asarray(evidence, jnp.float32))
+        waited = state.trend.count.astype(jnp.float32) >= wait
         fires = seen.has_stalled | (seen.is_flat & waited)
         fires &= has_room(metrics, state.rate_scale, min_lr)
         score = jnp.where(seen.has_stalled, seen.stalled_score, seen.flat_score)
@@ -179,7 +185,8 @@ def trend_plateau(
 
     def observe(state: TrendPlateauState, metrics: Metrics) -> TrendPlateauState:
         state_with_row = state._replace(trend=advance_trend(state.trend, sign * metrics["value"]))
-        decided = decide(state_with_row, read_trend(state_with_row.trend, window, level), metrics)
+        seen = read_trend(state_with_row.trend, window, level, evidence)
+        decided = decide(state_with_row, seen, metrics)
         waiting = state._replace(cooldown_count=state.cooldown_count - 1)
         return select(state.cooldown_count > 0, waiting, decided)
 

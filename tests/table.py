@@ -68,7 +68,7 @@ STRATEGIES = {
         ),
     ),
     "trend_plateau": Strategy(
-        mo.trend_plateau, lambda: mo.trend_plateau(window=8, significance=0.5)
+        mo.trend_plateau, lambda: mo.trend_plateau(window=8, significance=0.5, min_evidence=8)
     ),
     "greedy": Strategy(
         mo.greedy, lambda: mo.greedy(patience=0, window=8, significance=0.5, max_scale=1.0)

@@ -80,6 +80,7 @@ BAD = [
         }.items()
     ),
     (mo.trend_plateau, "lr_factor", FACTORS),
+    (mo.trend_plateau, "min_evidence", [7, *POSITIVE_INTEGERS]),
     (mo.trend_plateau, "min_lr", [*AT_LEAST_ZERO, math.inf]),
     (mo.greedy, "factor", FACTORS),
     (mo.greedy, "patience", NOT_NEGATIVE),

@@ -169,7 +169,7 @@ class TestWhatADecisionRestsOn:
                 "load_entropy_normalized_per_layer",
                 0.2,
             ),
-            (mo.trend_plateau(window=8), "trend_plateau: no fall", "value", 1.0),
+            (mo.trend_plateau(window=8, min_evidence=8), "trend_plateau: no fall", "value", 1.0),
             (mo.greedy(window=8), "greedy: improves", "value", 0.3),
         ],
         ids=lambda x: x.name if isinstance(x, mo.MetaOptimizer) else None,

@@ -99,7 +99,7 @@ class TestStatistics:
         assert int(spiked.outliers) == 1
         assert int(spiked.count) == 41
         for more, count in ((3, 44), (4, 1), (5, 2)):
-            assert int(_after([*rows, *[5.0] * (more + 1)]).count) == count
+            assert int(_after([*rows, *(5.0 + 0.01 * np.arange(more + 1))]).count) == count
 
     def test_nothing_is_poisoned_by_the_largest_values(self):
         rows = np.float32([3e38, -3e38, 1.0] * 30)
@@ -168,8 +168,45 @@ class TestTrendPlateau:
         losses = np.concatenate([2.0 - 0.05 * np.arange(16), np.full(40, 1.2)])
         assert watch(mo.trend_plateau(), losses).cuts == [31]
 
+    @pytest.mark.parametrize("window", [8, 20, 64])
+    @pytest.mark.parametrize("evidence", [8, 32, 100])
+    def test_no_cut_before_the_least_evidence(self, window, evidence):
+        meta = mo.trend_plateau(window=window, min_evidence=evidence)
+        assert watch(meta, np.ones(200)).cuts[0] == max(window, evidence) - 1
+
+    def test_more_evidence_looks_past_a_rhythm(self):
+        rows = np.arange(1500)
+        rhythm = 0.05 * np.sin(2 * np.pi * rows / 100)
+        losses = 5.0 - 0.002 * rows + rhythm + 0.02 * np.random.default_rng(10).normal(size=1500)
+        assert len(watch(mo.trend_plateau(), losses).cuts) > 5
+        assert watch(mo.trend_plateau(min_evidence=400), losses).cuts == []
+
+    @pytest.mark.parametrize("repeats", [5, 50, 100])
+    def test_value_that_is_carried_on_is_a_plateau_too(self, repeats):
+        """An evaluation's loss, handed on until the next: a change in it is no new level."""
+        rng = np.random.default_rng(11)
+        losses = np.repeat(2.0 + 0.05 * rng.normal(size=1000 // repeats), repeats)
+        assert len(watch(mo.trend_plateau(), losses).cuts) == 1
+
+    def test_few_digits_do_not_end_the_longer_wait(self):
+        losses = np.round(2.0 + 0.1 * np.random.default_rng(12).normal(size=5000), 1)
+        assert len(watch(mo.trend_plateau(), losses).cuts) <= 3
+
+    @pytest.mark.parametrize("share", [0.999, 0.99, 0.95])
+    def test_smooth_falls_are_not_cut_and_raise_greedys_rate(self, share):
+        """Their residuals are as correlated as can be; the signs of the changes tell."""
+        losses = 3.0 * share ** np.arange(400)
+        assert watch(mo.trend_plateau(), losses).cuts == []
+        assert watch(mo.greedy(), losses).rates[-1] == 3.0
+
+    @pytest.mark.parametrize("growth", [1.005, 1.05, 1.3])
+    def test_smooth_divergence_is_seen(self, growth):
+        losses = 2.0 * growth ** np.arange(280.0)
+        assert watch(mo.trend_plateau(), losses).cuts == [255]
+        assert watch(mo.greedy(), losses).rates[-1] < 0.25
+
     def test_reason_names_the_rule_and_the_metric(self):
-        strategy = mo.with_decisions(mo.trend_plateau(window=16))
+        strategy = mo.with_decisions(mo.trend_plateau(window=16, min_evidence=16))
         tx = mo.inject_meta_hyperparams(optax.sgd, strategy)(learning_rate=1.0)
         params = jnp.ones(2)
         state = tx.init(params)
@@ -178,8 +215,6 @@ class TestTrendPlateau:
             state = step(state, loss)
         got = [(d.reason, d.metric, d.value) for d in mo.read_decisions(state)]
         assert got[0] == ("trend_plateau: no fall", "value", 3.0)
-        longer = mo.trend_plateau()
-        assert longer.metrics == ("value",)
 
     def test_max_mirrors_min(self):
         rng = np.random.default_rng(7)
@@ -193,8 +228,8 @@ class TestTrendPlateau:
 
     def test_cooldown_is_not_looked_at(self):
         losses = np.ones(200)
-        assert watch(mo.trend_plateau(window=16), losses).cuts == [15, 79]
-        assert watch(mo.trend_plateau(window=16, cooldown=10), losses).cuts == [15, 89]
+        assert watch(mo.trend_plateau(window=16), losses).cuts == [31, 95]
+        assert watch(mo.trend_plateau(window=16, cooldown=10), losses).cuts == [31, 105]
 
     def test_a_certain_fall_ends_the_longer_wait(self):
         losses = [*np.ones(32), *(1.0 - 0.1 * np.arange(40)), *np.full(40, -2.9)]
