@@ -1,7 +1,5 @@
 """The plots of the strategies that watch the loss alone, and of the protection from spikes."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import optax
 from jaxtyping import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from plot_tools import (
     BLUE,
     GREEN,
@@ -33,7 +32,8 @@ from plot_tools import (
 import meta_optax as mo
 
 PATIENCE = 20
-WILD_STEP, BROKEN_STEP = 300, 450
+WILD_STEP, BROKEN_STEP = 200, 350
+_LOSS_AND_RATE = ("loss, smoothed,", "learning rate")
 
 
 def draw_plateau_run(title: str, run: Run, alone: Run, warmup: int = 0) -> Figure:
@@ -99,8 +99,8 @@ def plot_trend_plateau() -> Figure:
         ),
         "trend_plateau()": (mo.with_decisions(mo.trend_plateau(min_lr=LOWEST_RATE)), BLUE),
     }
-    labels = ("smoothed loss", "learning rate") * 2
-    title = "min_lr=1e-4; above from a rate of 3e-3, below from 0.1, thirty times too high"
+    labels = [f"{name}\nfrom {base}" for base in ("3e-3", "0.1") for name in _LOSS_AND_RATE]
+    title = "plateau and trend_plateau, min_lr=1e-4: a good rate and one thirty times too high"
     figure, panels = make_panels(title, labels)
     for base, (loss, rate) in zip(
         (LEARNING_RATE, HIGH_RATE), (panels[:2], panels[2:]), strict=True
@@ -123,6 +123,9 @@ def _draw_loss_and_rate(loss: Axes, rate: Axes, run: Run, color: str, name: str)
     rate.plot(run.history["learning_rate"], color=color, lw=width)
     for axes in (loss, rate):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def plot_greedy() -> Figure:
@@ -136,9 +139,9 @@ def plot_greedy() -> Figure:
             RED,
         ),
     }
-    labels = ("smoothed loss", "learning rate") * 2
+    labels = [f"{name}\nfrom {base}" for base in ("3e-4", "0.1") for name in _LOSS_AND_RATE]
     low = LEARNING_RATE / 10
-    title = "above from a rate of 3e-4, ten times too low; below from 0.1, thirty times too high"
+    title = "greedy, at a rate ten times too low and at one thirty times too high"
     figure, panels = make_panels(title, labels)
     for base, (loss, rate) in zip((low, HIGH_RATE), (panels[:2], panels[2:]), strict=True):
         for name, (strategy, color) in arms.items():
@@ -166,16 +169,13 @@ def spoil(step: Array, batch: dict[str, Array]) -> dict[str, Array]:
 def plot_skip_spikes() -> Figure:
     """Two spoilt batches, with their updates made and dropped, and training without them."""
     idle = mo.log_only(mo.plateau())
-
-    def wrapped(**arguments: Any) -> Any:
-        return mo.skip_spikes(plain(idle, LEARNING_RATE), **arguments)
-
+    tx = plain(idle, LEARNING_RATE)
     runs = {
-        "no batch spoilt": (train(plain(idle, LEARNING_RATE), 600), GREY),
-        "update made": (train(plain(idle, LEARNING_RATE), 600, spoil=spoil), RED),
-        "skip_spikes": (train(wrapped(), 600, spoil=spoil), BLUE),
+        "no batch spoilt": (train(tx, 600), GREY),
+        "update made": (train(tx, 600, spoil=spoil), RED),
+        "skip_spikes": (train(mo.skip_spikes(tx), 600, spoil=spoil), BLUE),
     }
-    title = "One wild batch and one of NaN: skip_spikes(adamw), and AdamW alone"
+    title = "One wild batch and one of NaN, under skip_spikes(adamw) and under AdamW alone"
     figure, (loss, norm) = make_panels(title, ("loss of a batch", "gradient norm"))
     for name, (run, color) in runs.items():
         values = run.history["value"]
@@ -191,8 +191,17 @@ def plot_skip_spikes() -> Figure:
             nonfinite=(~np.isfinite(values)).sum(),
         )
         for axes, metric in ((loss, "value"), (norm, "grad_norm")):
-            axes.plot(run.history[metric], color=color, lw=1.0, label=name)
+            # The run that it is to equal lies beneath, and must stay visible.
+            width = 3.0 if color == GREY else 0.9
+            axes.plot(run.history[metric], color=color, lw=width, label=name)
             axes.set_yscale("log")
+    # The wild batch leaves the panels: on the axis that it needs nothing else is to be seen.
+    for axes, metric, limits in ((loss, "value", (0.01, 4)), (norm, "grad_norm", (0.05, 4))):
+        axes.set_ylim(*limits)
+        axes.yaxis.set_major_formatter("{x:g}")
+        height = runs["skip_spikes"][0].history[metric][WILD_STEP]
+        axes.text(WILD_STEP + 4, 0.6 * limits[1], f"wild batch: {height:.0f}", fontsize=9)
+        axes.text(BROKEN_STEP + 4, 0.6 * limits[1], "NaN batch", fontsize=9)
     state = runs["skip_spikes"][0].state
     print(f"skipped {state.skipped_count}, of which not finite {state.nonfinite_count}")
     add_legend(loss)
