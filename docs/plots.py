@@ -2,7 +2,7 @@
 
 Run:     python docs/plots.py [--out docs/strategies] [--only guard_collapse ...]
          (needs scikit-learn and matplotlib: pip install ".[examples]")
-Time:    under two minutes on two cores.
+Time:    about three minutes on two cores.
 Expect:  a PNG per strategy, and a line per run: its held-out loss and accuracy, and the numbers
          that the pages quote. The model and the data are those of `benchmarks/tiny_moe.py`, sixteen
          tiny experts on scikit-learn's digits; every run is one seed, 0.
@@ -12,209 +12,39 @@ import argparse
 import functools
 import io
 import pathlib
-import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Int
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from plot_tools import (
+    BLUE,
+    EXPERTS,
+    GREEN,
+    GREY,
+    LEARNING_RATE,
+    RED,
+    Run,
+    add_legend,
+    draw_marks,
+    draw_threshold,
+    grouped,
+    make_panels,
+    moved,
+    report,
+    smoothed,
+    train,
+)
+from plots_of_plateaus import (
+    plot_advanced_plateau,
+    plot_greedy,
+    plot_plateau,
+    plot_skip_spikes,
+    plot_trend_plateau,
+)
 
 import meta_optax as mo
 
-# Benchmarks and examples are scripts, and no packages: what they hold is found by its folder.
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-from figures import BLUE, GREEN, GREY, RED
-from tiny_moe import BATCH_SIZE, EXPERTS, SPLIT, WEIGHT_DECAY, forward, init_params, loss_fn
-
-SEED = 0
-LEARNING_RATE, HIGH_RATE, LOWEST_RATE = 3e-3, 1e-1, 1e-4
-COLLAPSING_GATE_RATE, PATIENCE = 3e-2, 20
-TAIL = 200  # steps at the end over which a metric's mean is quoted
-
-
-class Run(NamedTuple):
-    """One run's metrics and hyperparameters by step, and what it led to."""
-
-    history: dict[str, np.ndarray]
-    state: Any
-    test_loss: float
-    test_accuracy: float
-
-
-def overflow(selected: Int[Array, "batch selected"], capacity: float) -> Array:
-    """Which slots an expert would turn away that takes `capacity` times the even load."""
-    chosen = jax.nn.one_hot(selected.ravel(), EXPERTS, dtype=jnp.int32)
-    place = (jnp.cumsum(chosen, axis=0) * chosen).sum(axis=1)
-    return (place > capacity * selected.size / EXPERTS).reshape(selected.shape)
-
-
-def train(
-    tx: optax.GradientTransformationExtraArgs, steps: int, capacity: float | None = None
-) -> Run:
-    """Trains as `tiny_moe.train` does, one seed, and keeps the gradient's norm and biases too."""
-
-    def step(carry: Any, key: Array) -> tuple[Any, dict[str, Array]]:
-        params, state = carry
-        rows = jax.random.randint(key, (BATCH_SIZE,), 0, len(SPLIT.train["digit"]))
-        batch = jax.tree.map(lambda x: x[rows], SPLIT.train)
-        weight = optax.tree.get(state, "hyperparams").get("aux_loss_weight", 0.0)
-        grads, (loss, routing) = jax.grad(loss_fn, has_aux=True)(params, batch, weight)
-        dropped = None if capacity is None else overflow(routing.selected, capacity)
-        metrics = mo.router_metrics(routing.probs, routing.selected, dropped=dropped)
-        updates, state = tx.update(grads, state, params, value=loss, **metrics)
-        history = {**metrics, **optax.tree.get(state, "hyperparams"), "value": loss}
-        history |= {"grad_norm": optax.tree.norm(grads), "bias": params["balance_bias"]}
-        plateaus = {name: optax.tree.get(state, name) for name in ("best", "bad_count")}
-        history |= {name: value for name, value in plateaus.items() if value is not None}
-        return (optax.apply_updates(params, updates), state), history
-
-    @jax.jit
-    def run(seed: Int[Array, ""]) -> Any:
-        key, data_key = jax.random.split(jax.random.key(seed))
-        params = init_params(key)
-        carry = (params, tx.init(params))
-        (params, state), history = jax.lax.scan(step, carry, jax.random.split(data_key, steps))
-        guesses = forward(params, SPLIT.test["pixels"])[0].argmax(axis=1)
-        accuracy = (guesses == SPLIT.test["digit"]).mean()
-        return state, history, loss_fn(params, SPLIT.test, 0.0)[0], accuracy
-
-    state, history, loss, accuracy = run(jnp.int32(SEED))
-    history = {name: np.asarray(values) for name, values in history.items()}
-    return Run(history, state, float(loss), float(accuracy))
-
-
-def plain(strategy: mo.MetaOptimizer, rate: Any = HIGH_RATE) -> Any:
-    """AdamW of all parameters alike."""
-    inject = mo.inject_meta_hyperparams(optax.adamw, strategy)
-    return inject(learning_rate=rate, weight_decay=WEIGHT_DECAY)
-
-
-def grouped(
-    strategy: mo.MetaOptimizer, rate: float = LEARNING_RATE, free: Any = None, **hyperparams: float
-) -> Any:
-    """AdamW in groups; `hyperparams` are group forms."""
-    factory = mo.moe_partition(optax.adamw, mo.label_moe_params)
-    inject = mo.inject_meta_hyperparams(factory, strategy, free_hyperparams=free or {})
-    return inject(learning_rate=rate, weight_decay=WEIGHT_DECAY, **hyperparams)
-
-
-def report(name: str, run: Run, decisions: int = 0, **numbers: Any) -> None:
-    """Prints what the pages quote of a run, and its first decisions beyond the warm-up's."""
-    history = run.history
-    print(
-        f"{name}: held out {run.test_loss:.3f}, accuracy {run.test_accuracy:.3f}; "
-        f"last {TAIL} batches: loss {history['value'][-TAIL:].mean():.3g}, "
-        f"MaxVio {history['max_violation'][-TAIL:].mean():.2f}; "
-        f"sparsity {history['gate_sparsity'][-TAIL:].mean():.3f}, "
-        f"entropy {history['gate_entropy_normalized'][-TAIL:].mean():.3f}",
-        *(f"{key} {value:.3g}" for key, value in numbers.items()),
-        sep="; ",
-    )
-    if decisions:
-        made = [d for d in mo.read_decisions(run.state) if "warm-up" not in d.reason]
-        print(f"{len(made)} decisions:", mo.format_decisions(made[:decisions]), sep="\n")
-
-
-def make_panels(title: str, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """Stacked panels over the steps, with the names of their vertical axes."""
-    figure = Figure((10.0, 2.2 * len(labels) + 0.6), dpi=110, layout="constrained")
-    panels = list(figure.subplots(len(labels), sharex=True))
-    for axes, label in zip(panels, labels, strict=True):
-        axes.set(ylabel=label, xmargin=0.005)
-    panels[-1].set_xlabel("step")
-    figure.suptitle(title)
-    return figure, panels
-
-
-def add_legend(axes: Axes, columns: int = 4) -> None:
-    """The legend above the panel, where there is no data."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 0.98), ncols=columns, frameon=False)
-
-
-def draw_threshold(axes: Axes, value: float, text: str, color: str = "black") -> None:
-    """A horizontal line, named in the margin on the right."""
-    axes.axhline(value, color=color, ls="--", lw=1.0)
-    place = axes.get_yaxis_transform()
-    axes.text(1.01, value, text, color=color, transform=place, va="center", fontsize=9)
-
-
-def draw_marks(panels: Sequence[Axes], steps: Sequence[int], color: str = "black") -> None:
-    """A vertical line through all panels at each of the steps."""
-    for axes in panels:
-        for step in steps:
-            axes.axvline(step, color=color, ls=":", lw=1.2)
-
-
-def moved(run: Run, hyperparam: str, rule: str = "") -> list[int]:
-    """The steps at which a rule changed a hyperparameter."""
-    decisions = mo.read_decisions(run.state)
-    return [d.step for d in decisions if d.hyperparam == hyperparam and rule in d.reason]
-
-
-def smoothed(values: np.ndarray, kept: float) -> np.ndarray:
-    """The average that strategies keep: the first value, then `kept` of it and the rest new."""
-    out = np.array(values, float)
-    for i in range(1, len(out)):
-        out[i] = kept * out[i - 1] + (1 - kept) * out[i]
-    return out
-
-
-def draw_plateau_run(title: str, run: Run, alone: Run, warmup: int = 0) -> Figure:
-    """Loss, the count that patience bounds, and the rate, with a mark at each cut."""
-    rules = {"patience": RED, "trend": GREEN} if warmup else {"patience": RED}
-    cuts = {rule: moved(run, "learning_rate", rule) for rule in rules}
-    labels = ("loss of a batch", "steps since the best", "learning rate")
-    figure, (loss, steps, rate) = make_panels(title, labels)
-    loss.plot(alone.history["value"], color=GREY, lw=0.8, label="same start, rate left alone")
-    loss.plot(run.history["value"], color=BLUE, lw=1.0, label="with the strategy")
-    loss.plot(run.history["best"], color="black", lw=1.0, label="its best so far")
-    for axes in (loss, rate):
-        axes.set_yscale("log")
-    steps.plot(run.history["bad_count"], color=BLUE, lw=1.2)
-    steps.set_ylim(0, 1.2 * PATIENCE)
-    draw_threshold(steps, PATIENCE, f"patience\n= {PATIENCE}")
-    for one, color in ((alone, GREY), (run, BLUE)):
-        rate.plot(one.history["learning_rate"], color=color, lw=1.4)
-    draw_threshold(rate, LOWEST_RATE, "min_lr")
-    for rule, color in rules.items():
-        draw_marks((loss, steps, rate), cuts[rule], color)
-        loss.plot([], [], color=color, ls=":", label=f"cut by {rule}")
-    if warmup:
-        for axes in figure.axes:
-            axes.axvspan(0, warmup, color=GREY, alpha=0.2, lw=0)
-        steps.text(warmup / 2, 1, "warm-up", ha="center", fontsize=9)
-    add_legend(loss, columns=5)
-    return figure
-
-
-def plot_plateau() -> Figure:
-    """Patience on a rate thirty times too high."""
-    meta, steps = mo.plateau(patience=PATIENCE, min_lr=LOWEST_RATE), 600
-    run = train(plain(mo.with_decisions(meta)), steps)
-    alone = train(plain(mo.log_only(meta)), steps)
-    report("plateau", run, 24, grad_norm=run.history["grad_norm"].max())
-    report("plateau, left alone", alone, grad_norm=alone.history["grad_norm"].max())
-    return draw_plateau_run("plateau(patience=20, min_lr=1e-4)", run, alone)
-
-
-def plot_advanced_plateau() -> Figure:
-    """Warm-up, patience and trend on the same rate."""
-    warmup, steps = 50, 600
-    meta = mo.advanced_plateau(patience=PATIENCE, trend_window=20, min_lr=LOWEST_RATE)
-    run = train(plain(mo.with_decisions(meta)), steps)
-    ramp = optax.linear_schedule(HIGH_RATE / warmup, HIGH_RATE, warmup - 1)
-    alone = train(plain(mo.log_only(meta), ramp), steps)
-    report("advanced_plateau", run, 24, grad_norm=run.history["grad_norm"].max())
-    report("advanced_plateau, warm-up alone", alone, grad_norm=alone.history["grad_norm"].max())
-    title = "advanced_plateau(patience=20, trend_window=20, min_lr=1e-4)"
-    return draw_plateau_run(title, run, alone, warmup=warmup)
+COLLAPSING_GATE_RATE = 3e-2
 
 
 def plot_expert_gate() -> Figure:
@@ -369,7 +199,8 @@ def plot_balance_router_bias() -> Figure:
 
 
 ALL = (
-    *(plot_plateau, plot_advanced_plateau, plot_expert_gate, plot_smart_expert_gate),
+    *(plot_plateau, plot_advanced_plateau, plot_trend_plateau, plot_greedy, plot_skip_spikes),
+    *(plot_expert_gate, plot_smart_expert_gate),
     *(plot_adapt_aux_loss, plot_guard_collapse, plot_balance_router_bias),
 )
 PLOTS = {plot.__name__.removeprefix("plot_"): plot for plot in ALL}

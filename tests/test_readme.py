@@ -85,8 +85,9 @@ def test_each_section_is_one_command(section):
 
 
 def test_table_names_every_strategy_and_combinator():
-    strategies = ("plateau", "advanced_plateau", "expert_gate", "smart_expert_gate")
-    for name in (*strategies, "adapt_aux_loss", "guard_collapse"):
+    plateaus = ("plateau", "advanced_plateau", "trend_plateau", "greedy")
+    gates = ("expert_gate", "smart_expert_gate")
+    for name in (*plateaus, *gates, "adapt_aux_loss", "guard_collapse"):
         assert f"| [`{name}`](docs/strategies/{name}.md) |" in README
     for name in ("chain", "every", "bounded", "log_only", "hold_spikes", "with_decisions"):
         assert f"| `{name}(" in README
