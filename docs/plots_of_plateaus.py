@@ -134,7 +134,7 @@ def plot_greedy() -> Figure:
     arms = {
         "left alone": (mo.log_only(mo.greedy()), GREY),
         "greedy()": (mo.with_decisions(mo.greedy()), BLUE),
-        "greedy(patience=0, window=64, significance=1e-3)": (
+        "greedy(window=64, significance=1e-3)": (
             mo.with_decisions(mo.greedy(**eager)),
             RED,
         ),

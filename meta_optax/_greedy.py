@@ -77,13 +77,16 @@ def greedy(
     leads to its floor. Here a row improves if a line through a span of the last ``window`` rows
     falls, and worsens if one rises, both at the level ``significance`` by the tests of
     `trend_plateau` (robust to spikes, corrected for autocorrelation); it stalls if a fall is shown
-    to have ended. Noise about a level is none of these, and moves the rate nowhere. A fall that
-    ends is cut as long as the window holds its end, which about gives back what its rows raised:
-    to go on down a plateau, use `trend_plateau`. After a step the next 16 rows move nothing, so
-    that none moves the rate twice.
+    to have ended. Noise about a level is none of these but by chance, which may move the rate a
+    step or a few, either way. A fall that ends is cut as long as the window holds its end, which
+    about gives back what its rows raised: to go on down a plateau, use `trend_plateau`. After a
+    step the next 16 rows move nothing, so that none moves the rate twice.
 
     The bounds are relative to the base value, which may be a schedule. Every group's form of a rate
     is moved alike.
+
+    A rate that is too high may raise itself: each fall after a burst is an improvement. Choose a
+    ``max_scale`` that is safe.
 
     Metrics: ``value`` (the loss, a scalar).
 
