@@ -232,8 +232,11 @@ class TestTrendPlateau:
         assert watch(mo.trend_plateau(window=16, cooldown=10), losses).cuts == [31, 105]
 
     def test_a_certain_fall_ends_the_longer_wait(self):
-        losses = [*np.ones(32), *(1.0 - 0.1 * np.arange(40)), *np.full(40, -2.9)]
-        assert len(watch(mo.trend_plateau(window=32), np.array(losses)).cuts) == 2
+        """The third cut waits 4 windows, 128 rows, for the second; without the fall it were 512."""
+        losses = [*np.ones(32), *(1.0 - 0.1 * np.arange(40)), *np.full(200, -2.9)]
+        cuts = watch(mo.trend_plateau(window=32), np.array(losses)).cuts
+        assert cuts[0] == 31
+        assert np.diff(cuts).tolist()[1:] == [128]
 
     def test_floor_is_on_cuts_and_lifts_nothing(self):
         meta = mo.trend_plateau(window=8, min_lr=0.3)
