@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 # The median absolute deviation of a normal distribution times this is its standard deviation.
-_MAD_TO_DEVIATION = 1.4826
+MAD_TO_DEVIATION = 1.4826
 # A deviation is never taken for smaller than this share of the median.
 _LEAST_DEVIATION = 1e-3
 
@@ -135,7 +135,7 @@ def stands_out(
         jnp.arange(size, dtype=jnp.int32) >= size - window.count, window.values, jnp.nan
     )
     median = jnp.nanmedian(values)
-    deviation = _MAD_TO_DEVIATION * jnp.nanmedian(jnp.abs(values - median))
+    deviation = MAD_TO_DEVIATION * jnp.nanmedian(jnp.abs(values - median))
     distance = jnp.abs(value - median) if both_sides else value - median
     # Multiplied, not divided: no deviation of zero makes this NaN, and NaN is no spike.
     return distance > threshold * jnp.maximum(deviation, _LEAST_DEVIATION * jnp.abs(median))

@@ -15,6 +15,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from meta_optax._history import MAD_TO_DEVIATION
+
 # Blocks kept of each size: twice the longest span.
 _BLOCKS = 64
 # The lengths, in blocks, of the spans that are compared with as long a span before them.
@@ -203,7 +205,7 @@ def _draw_in(state: TrendState, value: Float[Array, ""]) -> tuple[Float[Array, "
     middle = jnp.sort(state.recent)[_RECENT // 2]
     distances = jnp.sort(jnp.abs(state.recent - middle))
     # Where most rows are the same, as those of a metric in few digits are, the mean stands in.
-    middling = 1.4826 * distances[_RECENT // 2]
+    middling = MAD_TO_DEVIATION * distances[_RECENT // 2]
     deviation = jnp.where(middling > 0, middling, 1.2533 * distances.mean())
     limit = _MOST_DEVIATIONS * deviation + 1e-6 * jnp.abs(middle)
     is_known = state.recent_count >= _RECENT
