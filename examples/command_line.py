@@ -10,15 +10,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Self
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
 EXIT_STDOUT_CLOSED = 128 + 13  # As if killed by SIGPIPE, which Windows does not have.
 
 LARGEST = 2**31 - 1  # Step counts and seeds are int32 on the device.
+SAVE_EVERY = 100
+NEWEST = -1
+LOG = "log.jsonl"
 
 
 class UserError(Exception):
@@ -30,12 +34,26 @@ class EndedEarly(Exception):
 
 
 class Arguments(NamedTuple):
-    """The options of an example; `switches` are those of its own that are on."""
+    """The options of an example.
+
+    Attributes:
+        steps: training steps.
+        seed: of weights and data order.
+        out: the folder for the files.
+        plain: whether lines are to stand for the live display.
+        checkpoint_dir: the folder for checkpoints; None for none.
+        save_every: the steps from one checkpoint to the next.
+        resume: the step to go on from, `NEWEST` for the newest; None to start anew.
+        switches: the options of its own that are on.
+    """
 
     steps: int
     seed: int
     out: Path
     plain: bool
+    checkpoint_dir: Path | None = None
+    save_every: int = SAVE_EVERY
+    resume: int | None = None
     switches: frozenset[str] = frozenset()
 
 
@@ -94,15 +112,24 @@ def parse_arguments(
     add("--seed", type=whole_number(0), default=0, help="of weights and data order (default: 0)")
     add("--out", type=Path, default=Path(out), help=f"folder for the files (default: {out})")
     add("--plain", action="store_true", help="lines instead of a live bar, for logs")
+    add("--checkpoint-dir", type=Path, metavar="DIR", help="folder for checkpoints (default: none)")
+    every = f"steps from one checkpoint to the next (default: {SAVE_EVERY})"
+    add("--save-every", type=whole_number(1), metavar="N", help=every)
+    resume = "go on from the newest checkpoint in DIR that is whole, or from that of a step"
+    add("--resume", nargs="?", type=whole_number(1), const=NEWEST, metavar="STEP", help=resume)
     own = switches or {}
     for name, meaning in own.items():
         add(f"--{name}", action="store_true", help=meaning)
     values = vars(parser.parse_args(argv))
+    for option in ("save_every", "resume"):
+        if values["checkpoint_dir"] is None and values[option] is not None:
+            parser.error(f"--{option.replace('_', '-')} needs --checkpoint-dir")
+    values["save_every"] = values["save_every"] or SAVE_EVERY
     on = frozenset(name for name in own if values.pop(name))
     return Arguments(**values, switches=on)
 
 
-def prepare_folder(out: Path, names: Sequence[str]) -> dict[str, Path]:
+def prepare_folder(out: Path, names: Sequence[str], keep: Collection[str] = ()) -> dict[str, Path]:
     """Makes sure that every output file can be written, and clears what an earlier run left.
 
     A file left over would be taken for this run's, were this run killed before writing its own.
@@ -110,6 +137,7 @@ def prepare_folder(out: Path, names: Sequence[str]) -> dict[str, Path]:
     Args:
         out: the folder, created if it is missing.
         names: the files that will be written there.
+        keep: those of them that are to stay.
 
     Returns:
         The files' paths by name.
@@ -123,7 +151,8 @@ def prepare_folder(out: Path, names: Sequence[str]) -> dict[str, Path]:
         out.mkdir(parents=True, exist_ok=True)
         for path in paths.values():
             path.open("a").close()
-            path.unlink()
+            if path.name not in keep:
+                path.unlink()
     except OSError as error:
         raise UserError(f"--out {out}: cannot write {path}: {error.strerror or error}") from error
     return paths
@@ -139,7 +168,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class StopRequest:
-    """Ctrl-C, or a reader of stdout who went away, as a flag that the training loop asks for.
+    """Ctrl-C, SIGTERM, or a reader of stdout who went away, as a flag that the loop asks for.
 
     An exception would come up anywhere, inside JAX or a background thread's callback among other
     places, and could not be told apart from an error there.
@@ -153,19 +182,24 @@ class StopRequest:
         self.exit_code = 0
 
     def __enter__(self) -> Self:
-        """Takes over Ctrl-C; a second one ends the process at once."""
+        """Takes over Ctrl-C and SIGTERM; a second Ctrl-C ends the process at once."""
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # A path may hold any bytes.
-        self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        handlers = {signal.SIGINT: self._on_interrupt, signal.SIGTERM: self._on_terminate}
+        self._previous = {number: signal.signal(number, f) for number, f in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives Ctrl-C back."""
-        signal.signal(signal.SIGINT, self._previous)
+        """Gives both back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _on_interrupt(self, *_: object) -> None:
         self.request(EXIT_INTERRUPTED)
         signal.signal(signal.SIGINT, _leave_now)
+
+    def _on_terminate(self, *_: object) -> None:
+        self.request(EXIT_TERMINATED)
 
     def request(self, exit_code: int) -> None:
         """Asks for the end; the first reason given is the one that counts."""
@@ -222,7 +256,9 @@ def run_example(
         The exit code.
     """
     try:
-        paths = prepare_folder(arguments.out, files)
+        # A run that is gone on with goes on in its log.
+        keep = () if arguments.resume is None else [name for name in files if name == LOG]
+        paths = prepare_folder(arguments.out, files, keep)
         with StopRequest() as stop:
             try:
                 body(arguments, paths, stop)

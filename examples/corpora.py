@@ -8,7 +8,7 @@ but the order. The sizes differ between Python versions, so losses compare on on
 import functools
 import sysconfig
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data import topics
 from typing import NamedTuple, TypedDict
@@ -121,7 +121,9 @@ def load_corpora(length: int, held_out: int) -> dict[str, Split]:
     return splits
 
 
-def training_batches(splits: Mapping[str, Split], batch_size: int, seed: int) -> Iterator[Batch]:
+def training_batches(
+    splits: Mapping[str, Split], batch_size: int, seed: int
+) -> grain.DatasetIterator:
     """Streams shuffled batches with an equal share of every corpus, for ever.
 
     Each corpus is reshuffled at every pass over it; a shorter one is simply passed over more often.

@@ -3,8 +3,8 @@
 The images come with scikit-learn; nothing is downloaded.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple, TypedDict
+from collections.abc import Mapping
+from typing import NamedTuple, Self, TypedDict
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -52,20 +52,45 @@ def load_split(test_share: float) -> Split:
     )
 
 
-def training_batches(samples: Samples, batch_size: int, seed: int) -> Iterator[Samples]:
-    """Yields batches for ever, reshuffled at every pass; a pass' last, smaller batch is left out.
+class TrainingBatches:
+    """Batches for ever, reshuffled at every pass; a pass' last, smaller batch is left out."""
 
-    Args:
-        samples: what to draw from; at least one batch of it.
-        batch_size: images per batch.
-        seed: decides the order.
+    def __init__(self, samples: Samples, batch_size: int, seed: int) -> None:
+        """Starts before the first batch.
 
-    Yields:
-        The next batch.
-    """
-    random = np.random.default_rng(seed)
-    while True:
-        order = random.permutation(len(samples["digit"]))
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            rows = order[start : start + batch_size]
-            yield Samples(pixels=samples["pixels"][rows], digit=samples["digit"][rows])
+        Args:
+            samples: what to draw from; at least one batch of it.
+            batch_size: images per batch.
+            seed: decides the order.
+        """
+        self._samples, self._batch_size, self._seed = samples, batch_size, seed
+        self._per_pass = len(samples["digit"]) // batch_size
+        self.set_state({"drawn": 0})
+
+    def get_state(self) -> dict[str, int]:
+        """Returns the position, fit for JSON."""
+        return {"drawn": self._drawn}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes to a position."""
+        self._drawn = state["drawn"]
+        self._random = np.random.default_rng(self._seed)
+        # One shuffle a pass, the present one's among them.
+        for _ in range(-(-self._drawn // self._per_pass)):
+            self._shuffle()
+
+    def _shuffle(self) -> None:
+        self._order = self._random.permutation(len(self._samples["digit"]))
+
+    def __iter__(self) -> Self:
+        """Returns the iterator itself."""
+        return self
+
+    def __next__(self) -> Samples:
+        """Returns the next batch."""
+        place = self._drawn % self._per_pass
+        if place == 0:
+            self._shuffle()
+        self._drawn += 1
+        rows = self._order[place * self._batch_size :][: self._batch_size]
+        return Samples(pixels=self._samples["pixels"][rows], digit=self._samples["digit"][rows])

@@ -31,7 +31,7 @@ with command_line.interruptible_imports():
     import jax.numpy as jnp
     import numpy as np
     import optax
-    from digits import CLASSES, Samples, load_split, training_batches
+    from digits import CLASSES, Samples, TrainingBatches, load_split
     from expert_graph_model import ExpertGraph, GraphConfig, diversity_loss, sparsity_loss
     from figures import (
         draw_accuracy,
@@ -47,7 +47,14 @@ with command_line.interruptible_imports():
     from moe_model import Routing, balance_loss, usage_by_kind
     from monitor import JsonLines, Monitor, Recorder, write_json
     from report import Outcome, format_usage, say_decisions, summarise
-    from training import describe_rates, describe_speed, set_up, train
+    from training import (
+        describe_rates,
+        describe_speed,
+        go_on,
+        open_checkpoints,
+        set_up,
+        train,
+    )
 
     import meta_optax as mo
 
@@ -161,9 +168,12 @@ def describe(record: dict[str, Any]) -> tuple[str, str]:
 def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Result:
     """Trains under a live display, and tests."""
     config = GraphConfig(messages="messages" in arguments.switches)
-    with Monitor(arguments.steps, stop, plain=arguments.plain) as monitor:
+    with (
+        open_checkpoints(arguments, stop) as checkpoints,
+        Monitor(arguments.steps, stop, plain=arguments.plain) as monitor,
+    ):
         split = load_split(TEST_SHARE)
-        batches = training_batches(split.train, BATCH_SIZE, arguments.seed)
+        batches = TrainingBatches(split.train, BATCH_SIZE, arguments.seed)
         setup = set_up(
             ExpertGraph(config, nnx.Rngs(arguments.seed)),
             loss_and_statistics,
@@ -179,10 +189,18 @@ def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Result:
             return {"test_accuracy": measure(params, split.test)[1]["accuracy"]}
 
         recorder = Recorder(log, monitor, "images", BATCH_SIZE, describe)
-        monitor.start()
+        start = go_on(setup, arguments, checkpoints, batches, log, stop)
+        monitor.start(start[1])
         begin = time.perf_counter()
         state, done = train(
-            setup.step_fn, setup.state, batches, arguments.steps, recorder, stop, probe
+            setup,
+            arguments,
+            batches,
+            recorder,
+            stop,
+            start=start,
+            checkpoints=checkpoints,
+            probe=probe,
         )
         train_seconds = time.perf_counter() - begin
         tested = jax.device_get(measure(state.params, split.test)[1])
@@ -190,6 +208,7 @@ def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Result:
     return Result(
         outcome=Outcome(
             steps=done,
+            resumed_after=start[1],
             compile_seconds=setup.compile_seconds,
             train_seconds=train_seconds,
             params=state.params,

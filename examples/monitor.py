@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,21 +42,55 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class JsonLines:
-    """A log with one JSON object a line, each on disk before the next step is waited for."""
+    """A log with one JSON object a line, each on disk before the next step is waited for.
+
+    Attributes:
+        path: where it is.
+        records: what was written, those before a resume among it.
+        lasting: the bytes up to the last record that any longer run would have as well.
+        size: the bytes written.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Starts an empty log."""
+        """Opens a log, in which everything is to be said by `go_on_from`."""
         self.path = path
         self.records: list[dict[str, Any]] = []
+        self.lasting = self.size = 0
         with writing(path):
-            self._file = path.open("w", encoding="utf-8")
+            self._file = path.open("a+b")
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def go_on_from(self, size: int) -> bool:
+        """Keeps the first bytes of what is there, and goes on behind them.
+
+        Args:
+            size: how many; the end of a record.
+
+        Returns:
+            Whether there were so many.
+        """
+        with writing(self.path):
+            self._file.seek(0)
+            kept = self._file.read(size)
+            kept = kept[: kept.rfind(b"\n") + 1]
+            self._file.truncate(len(kept))
+        self.records = [json.loads(line) for line in kept.splitlines()]
+        self.lasting = self.size = len(kept)
+        return len(kept) == size
+
+    def write(self, record: Mapping[str, Any], *, lasting: bool = True) -> None:
         """Appends one object, and keeps it for the plots."""
         self.records.append(dict(record))
+        line = json.dumps(to_json(record)).encode() + b"\n"
         with writing(self.path):
-            self._file.write(json.dumps(to_json(record)) + "\n")
+            self._file.write(line)
             self._file.flush()
+        self.size += len(line)
+        self.lasting = self.size if lasting else self.lasting
+
+    def sync(self) -> None:
+        """Sees to it that all that was written outlives the machine."""
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         """Returns the log itself."""
@@ -78,6 +113,7 @@ class Monitor:
         self.total = total
         self._stop = stop
         self._started = self._last_line = -math.inf
+        self._done_before = 0
         self._values = Text()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -114,11 +150,11 @@ class Monitor:
         if not self._live:
             self._stop.say(what)
 
-    def start(self) -> None:
+    def start(self, done: int = 0) -> None:
         """Starts the clock of the time left; what came before, compiling, does not count."""
-        self._started = time.monotonic()
+        self._started, self._done_before = time.monotonic(), done
         self._progress.start_task(self._task)
-        self._progress.update(self._task, description="training")
+        self._progress.update(self._task, description="training", completed=done)
 
     def show(self, done: int, lines: Sequence[str]) -> None:
         """Shows how many steps are done, and lines with the latest values."""
@@ -128,7 +164,8 @@ class Monitor:
         due = now - self._last_line >= PLAIN_SECONDS or done == self.total
         if self._live is None and due:
             self._last_line = now
-            left = format_duration((now - self._started) * (self.total - done) / done)
+            pace = (now - self._started) / (done - self._done_before)
+            left = format_duration(pace * (self.total - done))
             self._stop.say("  ".join((f"{done}/{self.total}", *lines, f"{left} left")))
 
 
@@ -146,30 +183,33 @@ class Recorder:
         Args:
             log: where records go.
             monitor: where they are shown.
-            unit: what speed is counted in, such as "tokens"; logged as `tokens_per_second`.
+            unit: what speed is counted in, such as "tokens"; shown as `tokens_per_second`, and not
+                logged: all that is logged is the same each time.
             units_per_step: how many of them a step sees.
             describe: says what to show of a record.
         """
-        self._log, self._monitor, self._describe = log, monitor, describe
+        self.log, self._monitor, self._describe = log, monitor, describe
         self._speed_name, self._units_per_step = f"{unit}_per_second", units_per_step
-        self._kept: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._kept: tuple[int, Mapping[str, jax.Array], bool] | None = None
         self._fetched: tuple[int, float] | None = None
 
-    def keep(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Remembers the metrics of a step to be logged."""
-        self._kept = step, metrics
+    def keep(self, step: int, metrics: Mapping[str, jax.Array], *, lasting: bool) -> None:
+        """Remembers the metrics of a step to be logged, in any longer run too if it is lasting."""
+        self._kept = step, metrics, lasting
 
     def flush(self) -> None:
         """Fetches, logs and shows what is kept."""
         if self._kept is None:
             return
-        (step, metrics), self._kept = self._kept, None
+        (step, metrics, lasting), self._kept = self._kept, None
         values = jax.device_get(metrics)
         # Single numbers first: a person who reads the log looks for those.
         by_rank = dict(sorted(values.items(), key=lambda item: np.ndim(item[1])))
-        record = {"step": step, self._speed_name: self._speed(step), **by_rank}
-        self._log.write(record)
-        self._monitor.show(step + 1, self._describe(record))
+        record = {"step": step, **by_rank}
+        self.log.write(record, lasting=lasting)
+        self._monitor.show(
+            step + 1, self._describe({**record, self._speed_name: self._speed(step)})
+        )
 
     def _speed(self, step: int) -> float | None:
         """Returns the units per second since the last fetch; nothing is known at the first."""

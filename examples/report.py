@@ -15,9 +15,19 @@ Records = Sequence[Mapping[str, Any]]
 
 
 class Outcome(NamedTuple):
-    """What training ended with; fewer steps than asked for if it was ended on request."""
+    """What training ended with.
+
+    Attributes:
+        steps: made in all; fewer than asked for if the end was.
+        resumed_after: the steps made before this process.
+        compile_seconds: what compiling the step took.
+        train_seconds: what this process' steps took.
+        params: the params.
+        opt_state: the optimizer's state.
+    """
 
     steps: int
+    resumed_after: int
     compile_seconds: float
     train_seconds: float
     params: PyTree
@@ -44,6 +54,7 @@ def summarise(
     return {
         "steps": outcome.steps,
         "steps_asked_for": arguments.steps,
+        "resumed_after": outcome.resumed_after,
         "seed": arguments.seed,
         "compile_seconds": outcome.compile_seconds,
         "train_seconds": outcome.train_seconds,

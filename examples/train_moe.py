@@ -49,7 +49,14 @@ with command_line.interruptible_imports():
     )
     from monitor import JsonLines, Monitor, Recorder, write_json
     from report import Outcome, Records, format_usage, say_decisions, summarise
-    from training import describe_rates, describe_speed, set_up, train
+    from training import (
+        describe_rates,
+        describe_speed,
+        go_on,
+        open_checkpoints,
+        set_up,
+        train,
+    )
 
     import meta_optax as mo
 
@@ -157,7 +164,10 @@ def evaluate(
 def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Result:
     """Trains and evaluates under a live display."""
     config = ModelConfig()
-    with Monitor(arguments.steps, stop, plain=arguments.plain) as monitor:
+    with (
+        open_checkpoints(arguments, stop) as checkpoints,
+        Monitor(arguments.steps, stop, plain=arguments.plain) as monitor,
+    ):
         monitor.announce("reading the corpora")
         splits = load_corpora(config.length, HELD_OUT_CHUNKS)
         held_out = held_out_batches(splits, BATCH_SIZE)
@@ -172,14 +182,18 @@ def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Result:
             stop=stop,
         )
         recorder = Recorder(log, monitor, "tokens", BATCH_SIZE * config.length, describe)
-        monitor.start()
+        start = go_on(setup, arguments, checkpoints, batches, log, stop)
+        monitor.start(start[1])
         begin = time.perf_counter()
-        state, done = train(setup.step_fn, setup.state, batches, arguments.steps, recorder, stop)
+        state, done = train(
+            setup, arguments, batches, recorder, stop, start=start, checkpoints=checkpoints
+        )
         train_seconds = time.perf_counter() - begin
         monitor.announce("evaluating on held-out bytes")
         evaluation = evaluate(setup.graphdef, state.params, held_out, stop)
     outcome = Outcome(
         steps=done,
+        resumed_after=start[1],
         compile_seconds=setup.compile_seconds,
         train_seconds=train_seconds,
         params=state.params,

@@ -1,17 +1,19 @@
 """What every example's training shares: the step under control, its one compile, and the loop."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
-from command_line import StopRequest
+from checkpoints import Checkpoints, Position
+from command_line import NEWEST, Arguments, StopRequest, UserError
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
-from monitor import Monitor, Recorder
+from monitor import JsonLines, Monitor, Recorder
 
 LOG_EVERY = 10
 # The controller is shown a mean over about fifty steps. A single batch's loss scatters by more than
@@ -40,11 +42,28 @@ TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 Probe = Callable[[PyTree], Metrics]
 
 
+class Batches(Protocol):
+    """An iterator over batches that knows where it is, in terms that are fit for JSON."""
+
+    def __next__(self) -> Any:
+        """Returns the next batch."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position."""
+        ...
+
+    def set_state(self, state: Any, /) -> None:
+        """Goes to a position."""
+        ...
+
+
 class Setup(NamedTuple):
-    """What training starts from."""
+    """What training starts from; `template` is what a state is restored into."""
 
     graphdef: nnx.GraphDef
     state: TrainState
+    template: TrainState
     step_fn: TrainStep
     compile_seconds: float
 
@@ -71,6 +90,14 @@ def train_step(
         if name.endswith(("learning_rate", "weight_decay", "aux_loss_weight"))
     }
     return TrainState(params, opt_state, smoothed), {**metrics, **rates, "smoothed_loss": smoothed}
+
+
+def abstract_state(state: TrainState, tx: optax.GradientTransformationExtraArgs) -> TrainState:
+    """Returns shapes, dtypes and places of a state, to restore another one into."""
+    del tx
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
 
 
 def set_up(
@@ -103,6 +130,7 @@ def set_up(
     graphdef, params = nnx.split(model, nnx.Param)
     # The loss of guessing is where the smoothed one starts, so it needs no correction.
     state = TrainState(params, tx.init(params), jnp.log(jnp.float32(guesses)))
+    template = abstract_state(state, tx)
     monitor.announce("compiling the step")
     stop.check()
     begin = time.perf_counter()
@@ -110,42 +138,127 @@ def set_up(
     # Compiled ahead of time: another shape or dtype is an error then, not a second compile.
     step_fn = jax.jit(step, donate_argnums=0).lower(state, example).compile()
     stop.check()
-    return Setup(graphdef, state, step_fn, time.perf_counter() - begin)
+    return Setup(graphdef, state, template, step_fn, time.perf_counter() - begin)
+
+
+def go_on(
+    setup: Setup,
+    arguments: Arguments,
+    checkpoints: Checkpoints | None,
+    batches: Batches,
+    log: JsonLines,
+    stop: StopRequest,
+) -> tuple[TrainState, int]:
+    """Takes up a run where its checkpoint left it: the state, the data and the log.
+
+    Args:
+        setup: what training starts from, else; its state is gone afterwards.
+        arguments: what was asked for.
+        checkpoints: where to look; None for no checkpoints.
+        batches: set to the position behind the last step's batch.
+        log: cut to what the run had logged.
+        stop: says where the run goes on.
+
+    Returns:
+        The state, and the steps made.
+
+    Raises:
+        UserError: if there are checkpoints and nobody asked to go on, if none is whole, or if they
+            are of a run with other options.
+    """
+    if checkpoints is None or arguments.resume is None:
+        if checkpoints and (steps := checkpoints.steps()):
+            raise UserError(
+                f"--checkpoint-dir {arguments.checkpoint_dir} holds a run of {steps[-1]} steps: "
+                "go on with --resume, or name another folder"
+            )
+        log.go_on_from(0)
+        return setup.state, 0
+
+    def template(position: Position) -> TrainState:
+        for option, asked in _identity(arguments).items():
+            if position["run"][option] != asked:
+                raise UserError(
+                    f"the run in {arguments.checkpoint_dir} has {option} "
+                    f"{position['run'][option]}, and {asked} is asked for"
+                )
+        return setup.template
+
+    step = None if arguments.resume == NEWEST else arguments.resume
+    found = checkpoints.restore(template, step)
+    if found is None:
+        stop.say(f"no checkpoint in {arguments.checkpoint_dir}: starting with step 0")
+        log.go_on_from(0)
+        return setup.state, 0
+    batches.set_state(found.position["data"])
+    # A run that ended here on its own has logged its last step; a longer one would not have.
+    size = found.position["log_size" if found.step >= arguments.steps else "log_lasting"]
+    if not log.go_on_from(size):
+        stop.say(f"{log.path} is not the whole log of that run: what is missing stays missing")
+    stop.say(f"resumed after step {found.step} from {checkpoints.folder / str(found.step)}")
+    return found.state, found.step
+
+
+def _identity(arguments: Arguments) -> dict[str, Any]:
+    """What must be the same for a run to go on as if it had never stopped."""
+    return {"seed": arguments.seed, "switches": sorted(arguments.switches)}
 
 
 def train(
-    step_fn: TrainStep,
-    state: TrainState,
-    batches: Iterator[Any],
-    steps: int,
+    setup: Setup,
+    arguments: Arguments,
+    batches: Batches,
     recorder: Recorder,
     stop: StopRequest,
+    *,
+    start: tuple[TrainState, int],
+    checkpoints: Checkpoints | None = None,
     probe: Probe | None = None,
 ) -> tuple[TrainState, int]:
     """Runs the steps, or as many as there are until the end is asked for.
 
     Args:
-        step_fn: the compiled step.
-        state: where to start; its buffers are gone afterwards.
+        setup: has the compiled step.
+        arguments: say how many steps there are in all.
         batches: at least as many as there are steps.
-        steps: how many to make.
         recorder: logs one in `LOG_EVERY` steps, and the last.
         stop: may ask for the end.
+        start: the state, whose buffers are gone afterwards, and the steps made before.
+        checkpoints: where the state is saved, when it is due and at the end.
         probe: what to measure of the params at each logged step, beside the step's own metrics.
 
     Returns:
-        The last state, and how many steps were made.
+        The last state, and how many steps were made in all.
     """
-    done, is_last = 0, False
+    (state, done), steps = start, arguments.steps
+    is_last = done >= steps
     while not is_last:
-        state, metrics = step_fn(state, next(batches))
+        state, metrics = setup.step_fn(state, next(batches))
         recorder.flush()
         is_last = done == steps - 1 or bool(stop.exit_code)
-        if is_last or done % LOG_EVERY == 0:
-            recorder.keep(done, {**metrics, **probe(state.params)} if probe else metrics)
+        lasting = done % LOG_EVERY == 0
+        if is_last or lasting:
+            metrics = {**metrics, **probe(state.params)} if probe else metrics
+            recorder.keep(done, metrics, lasting=lasting)
         done += 1
+        if checkpoints and (is_last or checkpoints.is_due(done)):
+            # Whoever resumes finds in the log what was said up to here.
+            recorder.flush()
+            recorder.log.sync()
+            log = {"log_size": recorder.log.size, "log_lasting": recorder.log.lasting}
+            run = {"run": _identity(arguments), "data": batches.get_state()}
+            checkpoints.save(done, state, {**run, **log})
     recorder.flush()
     return state, done
+
+
+def open_checkpoints(
+    arguments: Arguments, stop: StopRequest
+) -> contextlib.AbstractContextManager[Checkpoints | None]:
+    """Returns the run's checkpoints, None where nobody asked for any."""
+    if arguments.checkpoint_dir is None:
+        return contextlib.nullcontext()
+    return Checkpoints(arguments.checkpoint_dir, arguments.save_every, stop.say)
 
 
 def describe_rates(record: Mapping[str, Any], *, dense: str = "dense") -> str:

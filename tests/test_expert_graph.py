@@ -212,8 +212,8 @@ class TestDigits:
 
     def test_a_pass_shows_each_image_once_and_the_seed_decides_the_order(self):
         train = digits.load_split(0.2).train
-        batches = digits.training_batches(train, 64, seed=5)
-        again = digits.training_batches(train, 64, seed=5)
+        batches = digits.TrainingBatches(train, 64, seed=5)
+        again = digits.TrainingBatches(train, 64, seed=5)
         rows = [next(batches)["pixels"] for _ in range(22)]
         assert len({row.tobytes() for row in np.concatenate(rows)}) == 22 * 64
         np.testing.assert_array_equal(rows[0], next(again)["pixels"])
