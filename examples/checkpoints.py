@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from command_line import UserError
+from command_line import UserError, checkpoint_steps
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
@@ -64,21 +64,24 @@ class Checkpoints:
         self._sealing: concurrent.futures.Future[None] | None = None
         self._saved: int | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "seal")
+        self._check()
+        self._writer: ocp.training.Checkpointer | None = None
+
+    def _check(self) -> None:
+        """Raises `UserError` unless files can be made in the folder; Orbax takes minutes to say."""
+        probe = self.folder / ".writable"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".writable"
             probe.touch()
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"--checkpoint-dir {folder}: cannot write there: {error.strerror or error}"
+                f"--checkpoint-dir {self.folder}: cannot write there: {error.strerror or error}"
             ) from error
-        self._writer: ocp.training.Checkpointer | None = None
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, damaged ones among them."""
-        names = (path.name for path in self.folder.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        return checkpoint_steps(self.folder)
 
     def is_due(self, step: int) -> bool:
         """Whether there should be a checkpoint after so many updates."""
@@ -93,11 +96,13 @@ class Checkpoints:
             position: what else to save, fit for JSON.
 
         Raises:
-            UserError: naming the step, if the one before could not be written.
+            UserError: if the folder cannot be used any more, or if the one before could not be
+                written, naming its step.
         """
         self.wait()
         if step == self._saved:
             return
+        self._check()
         with _writing(self.folder, step):
             response = self._open().save_checkpointables_async(
                 step, {"state": state}, force=True, overwrite=step in self.steps()
@@ -164,7 +169,7 @@ class Checkpoints:
         if self._writer is None:
             self._writer = ocp.training.Checkpointer(
                 str(self.folder),
-                # Orbax annotates the policy with one class of metadata and the argument with another.
+                # Orbax annotates the policy and the argument with different classes of metadata.
                 preservation_policy=ocp.training.preservation_policies.LatestN(KEPT),  # pyright: ignore[reportArgumentType]
                 cleanup_tmp_directories=True,
             )
@@ -203,6 +208,8 @@ def read_seal(folder: Path, step: int) -> Position:
     path = folder / SEAL
     try:
         seal = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(seal, dict):
+            raise ValueError("it is something else")
         own = seal.pop("sha256")
         if own != _digest_of_json(seal) or seal["step"] != step:
             raise ValueError("its checksum is another")
@@ -210,7 +217,7 @@ def read_seal(folder: Path, step: int) -> Position:
         raise Damaged(
             f"checkpoint of step {step}: {path} is missing, so it was never finished"
         ) from None
-    except (ValueError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, OSError) as error:
         raise Damaged(f"checkpoint of step {step}: {path} cannot be read: {error}") from error
     for name, (size, digest) in seal["files"].items():
         file = folder / name

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Self
 
@@ -22,7 +22,6 @@ EXIT_STDOUT_CLOSED = 128 + 13  # As if killed by SIGPIPE, which Windows does not
 LARGEST = 2**31 - 1  # Step counts and seeds are int32 on the device.
 SAVE_EVERY = 100
 NEWEST = -1
-LOG = "log.jsonl"
 
 
 class UserError(Exception):
@@ -129,7 +128,7 @@ def parse_arguments(
     return Arguments(**values, switches=on)
 
 
-def prepare_folder(out: Path, names: Sequence[str], keep: Collection[str] = ()) -> dict[str, Path]:
+def prepare_folder(out: Path, names: Sequence[str], *, keep: bool = False) -> dict[str, Path]:
     """Makes sure that every output file can be written, and clears what an earlier run left.
 
     A file left over would be taken for this run's, were this run killed before writing its own.
@@ -137,7 +136,7 @@ def prepare_folder(out: Path, names: Sequence[str], keep: Collection[str] = ()) 
     Args:
         out: the folder, created if it is missing.
         names: the files that will be written there.
-        keep: those of them that are to stay.
+        keep: whether those that are there are to stay.
 
     Returns:
         The files' paths by name.
@@ -151,11 +150,27 @@ def prepare_folder(out: Path, names: Sequence[str], keep: Collection[str] = ()) 
         out.mkdir(parents=True, exist_ok=True)
         for path in paths.values():
             path.open("a").close()
-            if path.name not in keep:
+            if not keep:
                 path.unlink()
     except OSError as error:
         raise UserError(f"--out {out}: cannot write {path}: {error.strerror or error}") from error
     return paths
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Returns the steps that have a checkpoint in a folder, damaged ones among them."""
+    names = (path.name for path in folder.glob("*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _refuse_to_mix_runs(arguments: Arguments) -> None:
+    """Raises `UserError` where a new run would write among the checkpoints of another."""
+    folder = arguments.checkpoint_dir
+    if folder and arguments.resume is None and (steps := checkpoint_steps(folder)):
+        raise UserError(
+            f"--checkpoint-dir {folder} holds a run of {steps[-1]} steps: go on with --resume, or "
+            "name another folder"
+        )
 
 
 @contextlib.contextmanager
@@ -256,9 +271,9 @@ def run_example(
         The exit code.
     """
     try:
+        _refuse_to_mix_runs(arguments)
         # A run that is gone on with goes on in its log.
-        keep = () if arguments.resume is None else [name for name in files if name == LOG]
-        paths = prepare_folder(arguments.out, files, keep)
+        paths = prepare_folder(arguments.out, files, keep=arguments.resume is not None)
         with StopRequest() as stop:
             try:
                 body(arguments, paths, stop)

@@ -163,16 +163,9 @@ def go_on(
         The state, and the steps made.
 
     Raises:
-        UserError: if there are checkpoints and nobody asked to go on, if none is whole, or if they
-            are of a run with other options.
+        UserError: if no checkpoint is whole, or if they are of a run with other options.
     """
     if checkpoints is None or arguments.resume is None:
-        if checkpoints and (steps := checkpoints.steps()):
-            raise UserError(
-                f"--checkpoint-dir {arguments.checkpoint_dir} holds a run of {steps[-1]} steps: "
-                "go on with --resume, or name another folder"
-            )
-        log.go_on_from(0)
         return setup.state, 0
 
     def template(position: Position) -> TrainState:
