@@ -6,36 +6,21 @@ import operator
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from meta_optax import _checks
 from meta_optax._checks import Flag, Size
-from meta_optax._decisions import Decision, decisions_of, format_decisions, gather_logs
+from meta_optax._decisions import Decision, decisions_of, format_decisions
 from meta_optax._files import EventFile, JsonLines, decision_key, import_tensorboard
-from meta_optax._log import DecisionLog
-from meta_optax._read import FoundHyperparams, gather_hyperparams, hyperparams_of
+from meta_optax._gather import at_hand, gather
+from meta_optax._read import hyperparams_of
 from meta_optax._summaries import Number, summarise, summarise_layers
 
-# The fields of states that count what was held, hidden or dropped, and what each is shown as.
-_COUNTS = {
-    "nonfinite_count": "nonfinite_count",
-    "own_nonfinite_count": "nonfinite_count",
-    "skipped_count": "skipped_count",
-    "spike_count": "spike_count",
-}
 # What a row has besides numbers by name.
 _OWN_KEYS = {"step", "decisions", "decisions_lost"}
-
-
-class _Found(NamedTuple):
-    """What there is to tell of a state."""
-
-    hyperparams: FoundHyperparams
-    counts: dict[str, list[Any]]
-    logs: list[DecisionLog]
 
 
 class MetricsWriter:
@@ -157,11 +142,11 @@ class MetricsWriter:
         if self._closed:
             raise ValueError("This MetricsWriter is closed: make another one, with resume_step.")
         values = [
-            jax.tree.map(functools.partial(_at_hand, f"The metric {name!r}"), value)
+            jax.tree.map(functools.partial(at_hand, f"The metric {name!r}"), value)
             for name, value in metrics.items()
         ]
-        found = None if opt_state is None else _gather(opt_state)
-        found = jax.tree.map(functools.partial(_at_hand, "The state"), found)
+        found = None if opt_state is None else gather(opt_state)
+        found = jax.tree.map(functools.partial(at_hand, "The state"), found)
         step, values, found = jax.device_get((step, values, found))
         step = self._check_step(step)
         row: dict[str, Number] = {}
@@ -222,42 +207,6 @@ class MetricsWriter:
                 whole["decisions_lost"] = lost
             self._lines.write(whole)
         self._last = step
-
-
-def _gather(opt_state: Any) -> _Found:
-    """What there is to tell of a state, wherever its arrays are.
-
-    Raises:
-      ValueError: if there is nothing.
-    """
-    counts: dict[str, list[Any]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
-        for key in path:
-            if name := _COUNTS.get(getattr(key, "name", "")):
-                counts.setdefault(name, []).append(leaf)
-    found = _Found(gather_hyperparams(opt_state), counts, gather_logs(opt_state))
-    if not (found.hyperparams.values or counts or found.logs):
-        raise ValueError(
-            "The state holds no hyperparameters, counts or decisions: build the optimizer with "
-            "inject_meta_hyperparams or scale_by_meta, or leave opt_state out."
-        )
-    return found
-
-
-def _at_hand(what: str, leaf: Any) -> Any:
-    """A leaf that this process can fetch without the others.
-
-    Raises:
-      ValueError: if parts of it are in other processes only.
-    """
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-        return leaf
-    if leaf.is_fully_replicated:
-        return leaf.addressable_data(0)
-    raise ValueError(
-        f"{what} is spread over processes, with shape {leaf.shape} and {leaf.sharding}: replicate "
-        "it inside the step, by taking its mean for one."
-    )
 
 
 def _add(row: dict[str, Number], new: Mapping[str, Number]) -> None:
