@@ -23,6 +23,7 @@ from meta_optax._schedule import MetaScheduleState, as_schedule
 from meta_optax._smart_expert_gate import smart_expert_gate
 from meta_optax._spikes import SkipSpikesState, hold_spikes, skip_spikes
 from meta_optax._trend_plateau import trend_plateau
+from meta_optax._writer import MetricsWriter
 from meta_optax.moe._adapters import (
     router_metrics_from_collection,
     router_metrics_from_counts,
@@ -40,6 +41,7 @@ __all__ = [
     "InjectMetaHyperparamsState",
     "MetaOptimizer",
     "MetaScheduleState",
+    "MetricsWriter",
     "ScaleByMetaState",
     "SkipSpikesState",
     "adapt_aux_loss",

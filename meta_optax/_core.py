@@ -289,6 +289,12 @@ def group_name(hyperparam: str) -> str:
     return re.sub(rf"^({'|'.join(CONTROLLED_GROUPS)})_\d+_", r"\1_", hyperparam)
 
 
+def any_layer(hyperparam: str) -> str:
+    """``gate_*_learning_rate`` where this is that of one layer's part, else the name itself."""
+    group = group_name(hyperparam)
+    return hyperparam if group == hyperparam else group.replace("_", "_*_", 1)
+
+
 def layer_form(group: str, layer: int, hyperparam: str) -> str:
     """What a hyperparameter is called for the part of a group that is of one layer."""
     return f"{group}_{layer}_{hyperparam}"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from meta_optax._core import group_name
+from meta_optax._core import any_layer
 from meta_optax._log import DecisionLog
 
 
@@ -68,10 +68,20 @@ def read_decisions(opt_state: Any) -> list[Decision]:
     Raises:
       ValueError: if there is no log in the state, or if it is batched (by `jax.vmap`).
     """
-    logs = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_log) if _is_log(node)]
+    logs = gather_logs(opt_state)
     if not logs:
         raise ValueError("The state holds no log: wrap the strategy in with_decisions(...).")
-    decisions = [entry for log in jax.device_get(logs) for entry in _entries(log)]
+    return decisions_of(jax.device_get(logs))
+
+
+def gather_logs(opt_state: Any) -> list[DecisionLog]:
+    """The logs in a state, wherever its arrays are."""
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_log) if _is_log(node)]
+
+
+def decisions_of(logs: Iterable[DecisionLog]) -> list[Decision]:
+    """The decisions of logs on the host, oldest first."""
+    decisions = [entry for log in logs for entry in _entries(log)]
     return sorted(decisions, key=lambda decision: decision.step)
 
 
@@ -116,9 +126,8 @@ def _merge_layers(decisions: Iterable[Decision]) -> list[Decision]:
     """One decision for all those that differ in the layer alone."""
     alike: dict[Decision, list[Decision]] = {}
     for decision in decisions:
-        group = group_name(decision.hyperparam)
-        kind = group.replace("_", "_*_", 1) if group != decision.hyperparam else group
-        alike.setdefault(decision._replace(hyperparam=kind), []).append(decision)
+        kind = decision._replace(hyperparam=any_layer(decision.hyperparam))
+        alike.setdefault(kind, []).append(decision)
     return [own[0] if len(own) == 1 else merged for merged, own in alike.items()]
 
 

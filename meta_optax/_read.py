@@ -1,7 +1,7 @@
 """Reading a state from the host, and starting its strategies afresh."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,17 +38,35 @@ def read_hyperparams(opt_state: Any) -> dict[str, float]:
       >>> mo.read_hyperparams(tx.init(jnp.ones(2)))
       {'learning_rate': 0.5}
     """
-    found = [node.hyperparams for node in _nodes(opt_state, _has_hyperparams)]
-    if not found:
+    found = gather_hyperparams(opt_state)
+    if not found.values:
         raise ValueError(
             "The state holds no hyperparameters: the optimizer is built without "
             "inject_meta_hyperparams, scale_by_meta or optax.inject_hyperparams."
         )
-    versions = [node.layout_version for node in _nodes(opt_state, _is_own)]
-    values, versions = jax.device_get((found, versions))
-    check_versions(versions)
+    return hyperparams_of(jax.device_get(found))
+
+
+class FoundHyperparams(NamedTuple):
+    """The hyperparameters of each state that has any, and the layout versions."""
+
+    values: list[dict[str, Any]]
+    versions: list[Any]
+
+
+def gather_hyperparams(opt_state: Any) -> FoundHyperparams:
+    """The hyperparameters in a state, wherever its arrays are."""
+    return FoundHyperparams(
+        values=[node.hyperparams for node in _nodes(opt_state, _has_hyperparams)],
+        versions=[node.layout_version for node in _nodes(opt_state, _is_own)],
+    )
+
+
+def hyperparams_of(found: FoundHyperparams) -> dict[str, float]:
+    """The hyperparameters on the host by name, each name once; see `read_hyperparams`."""
+    check_versions(found.versions)
     merged: dict[str, float] = {}
-    for hyperparams in values:
+    for hyperparams in found.values:
         for name, leaf in hyperparams.items():
             value = _only_leaf(leaf)
             if value.ndim:

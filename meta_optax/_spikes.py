@@ -70,8 +70,9 @@ class SkipSpikesState(NamedTuple):
     inner_state: Any
 
     @property
-    def hyperparams(self) -> dict[str, Array]:
+    def hyperparams(self) -> dict[str, Any]:
         """Those of the optimizer inside, where it has any at the top of its state."""
+        # Arrays, or what a framework wraps them in, as Flax NNX does.
         return self.inner_state.hyperparams
 
 
