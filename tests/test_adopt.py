@@ -183,3 +183,197 @@ def test_a_run_goes_on_as_it_would_have_gone(name):
     expected, _ = _run(old, p, state, BEFORE, AFTER, value=jnp.float32(1.0))
     got, _ = _run(new, p, adopted, BEFORE, AFTER, value=jnp.float32(1.0))
     chex.assert_trees_all_equal(got, expected)
+
+
+def _trained(tx, steps=BEFORE):
+    return _run(tx, params(), tx.init(params()), 0, steps, value=jnp.float32(1.0))
+
+
+class TestCounts:
+    def test_schedules_go_on_and_a_warm_up_that_is_past_does_not_start_again(self):
+        warm = mo.advanced_plateau(warmup_steps=4, patience=100)
+        tx = mo.inject_meta_hyperparams(optax.adamw, warm)(learning_rate=COSINE)
+        p, state = _trained(optax.adamw(COSINE))
+        adopted = mo.adopt(state, tx, p)
+        assert int(adopted.count) == BEFORE
+        _, new = tx.update(p, adopted, p, value=jnp.float32(1.0))
+        np.testing.assert_allclose(new.hyperparams["learning_rate"], COSINE(BEFORE), rtol=1e-6)
+
+    def test_the_highest_count_counts(self):
+        old = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(COSINE))
+        p, (adam, scheduled) = _trained(old)
+        state = (adam._replace(count=jnp.int32(2)), scheduled)
+        tx = optax.chain(old, mo.scale_by_meta(_idle()))
+        assert int(mo.adopt(state, tx, p)[1].count) == BEFORE
+
+    def test_without_any_it_is_none(self):
+        p = params()
+        adopted = mo.adopt(
+            optax.sgd(0.1, momentum=0.9).init(p),
+            _injected(optax.sgd, (), learning_rate=0.1, momentum=0.9),
+            p,
+        )
+        assert int(adopted.count) == 0
+
+    def test_a_rate_that_becomes_a_schedule_starts_where_the_run_is(self):
+        p, state = _trained(optax.adamw(0.1))
+        tx = optax.chain(optax.adamw(COSINE), mo.scale_by_meta(_idle()))
+        assert int(mo.adopt(state, tx, p)[0][2].count) == BEFORE
+
+    def test_wrappers_around_start_afresh_but_for_the_steps(self):
+        p, state = _trained(optax.adamw(0.1))
+        tx = optax.MultiSteps(mo.skip_spikes(_injected(learning_rate=0.1)), 2)
+        adopted = mo.adopt(state, tx, p)
+        assert (int(adopted.mini_step), int(adopted.gradient_step)) == (0, BEFORE)
+        chex.assert_trees_all_equal(adopted.inner_opt_state.watch, tx.init(p).inner_opt_state.watch)
+        assert int(adopted.inner_opt_state.inner_state.count) == BEFORE
+
+    def test_what_skip_spikes_has_seen_is_no_step(self):
+        p, state = _trained(mo.skip_spikes(optax.sgd(0.1, momentum=0.9)), steps=3)
+        tx = mo.skip_spikes(_injected(optax.sgd, (), learning_rate=0.1, momentum=0.9))
+        adopted = mo.adopt(state, tx, p)
+        assert int(adopted.inner_state.count) == 0
+        assert int(adopted.watch.windows["value"].count) == 3
+
+    def test_a_wrapper_within_an_accumulation_stays_there(self):
+        p, state = _trained(optax.MultiSteps(optax.adamw(0.1), 2))  # five half steps
+        tx = optax.MultiSteps(_injected(learning_rate=0.1), 2)
+        adopted = mo.adopt(state, tx, p)
+        assert (int(adopted.mini_step), int(adopted.gradient_step)) == (1, 2)
+        assert int(adopted.inner_opt_state.count) == 2
+        chex.assert_trees_all_equal(adopted.acc_grads, state.acc_grads)
+
+
+class Ramp(optax.schedules.StatefulSchedule):
+    """A stateful schedule of a user's own."""
+
+    def init(self):
+        return {"seen": jnp.zeros([], jnp.float32)}
+
+    def update(self, state, **extra_args):
+        return {"seen": state["seen"] + 1.0}
+
+    def __call__(self, state, **extra_args):
+        return 0.1 / (1.0 + state["seen"])
+
+
+def test_a_stateful_schedule_goes_on():
+    p, state = _trained(optax.inject_hyperparams(optax.adamw)(learning_rate=Ramp()))
+    adopted = mo.adopt(state, _injected(learning_rate=Ramp()), p)
+    assert float(adopted.schedule_states["schedule_learning_rate"]["seen"]) == BEFORE
+    plain = mo.adopt(_trained(optax.adamw(0.1))[1], _injected(learning_rate=Ramp()), p)
+    assert float(plain.schedule_states["schedule_learning_rate"]["seen"]) == 0
+
+
+def test_hyperparams_are_those_of_the_new_transformation():
+    p, state = _trained(INJECTED(learning_rate=0.1, weight_decay=0.5))
+    adopted = mo.adopt(state, _injected(learning_rate=0.2, weight_decay=0.01), p)
+    assert mo.read_hyperparams(adopted) == pytest.approx(
+        {"learning_rate": 0.2, "weight_decay": 0.01}
+    )
+
+
+def test_moments_are_split_by_group_and_a_balance_bias_starts_afresh():
+    labels = {"dense": "dense", "experts": "expert", "router": "gate", "bias": "balance_bias"}
+    p = params() | {"bias": jnp.zeros(4)}
+    old = optax.adamw(0.1)
+    p, state = _run(old, p, old.init(p), 0, BEFORE)
+    tx = _injected(
+        mo.moe_partition(optax.adamw, labels), learning_rate=0.1, balance_update_rate=1e-3
+    )
+    adopted = mo.adopt(state, tx, p)
+    chex.assert_trees_all_equal_shapes_and_dtypes(adopted, tx.init(p))
+    groups = adopted.inner_state.inner_states
+    own = {"gate": "router", "expert": "experts", "dense": "dense"}
+    for group, name in own.items():
+        adam = groups[group].inner_state[0]
+        assert adam.mu[name] is state[0].mu[name]
+        assert int(adam.count) == BEFORE
+        assert all(isinstance(adam.nu[k], optax.MaskedNode) for k in p if k != name)
+    assert int(groups["balance_bias"].inner_state.count) == BEFORE
+
+
+@pytest.mark.parametrize("name", ["groups, inject and schedule", "skip_spikes around"])
+def test_no_buffer_stands_in_the_state_twice(name):
+    old, tx = (make() for make in CASES[name])
+    p, state = _trained(old)
+    adopted = mo.adopt(state, tx, p)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(adopted)]
+    assert len(set(buffers)) == len(buffers)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(p, state):
+        return tx.update(p, state, p, value=jnp.float32(1.0))
+
+    step(p, adopted)  # JAX refuses to donate one twice
+    assert adopted.layout_version.is_deleted()
+
+
+def test_sharded_moments_and_fresh_decisions_go_into_one_step():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = jax.NamedSharding(mesh, jax.P("data")), jax.NamedSharding(mesh, jax.P())
+    p = {k: jax.device_put(jnp.ones([16]), split) for k in params()}
+    old = optax.adamw(0.1)
+    state = jax.jit(
+        old.init, out_shardings=jax.tree.map(lambda s: s.sharding, mo.checkpoint_template(old, p))
+    )(p)
+    tx = _injected(learning_rate=0.1)
+    adopted = mo.adopt(state, tx, p)
+    assert adopted.count.sharding == adopted.meta_state.best.sharding == whole
+    assert adopted.inner_state[0].mu["dense"] is state[0].mu["dense"]
+    step = jax.jit(lambda p, s: tx.update(p, s, p, value=1.0))
+    for _ in range(2):
+        _, adopted = step(p, adopted)
+    assert step._cache_size() == 1
+
+
+def test_a_bfloat16_run_keeps_its_dtypes():
+    p = params(jnp.bfloat16)
+    old = optax.adamw(0.1)
+    _, state = old.update(p, old.init(p), p)
+    adopted = mo.adopt(state, _injected(learning_rate=0.1), p)
+    assert adopted.inner_state[0].mu["dense"].dtype == jnp.bfloat16
+    assert adopted.meta_state.best.dtype == jnp.float32
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "controlled",
+        [
+            lambda: _injected(learning_rate=0.1),
+            lambda: mo.skip_spikes(_injected(learning_rate=0.1)),
+            lambda: optax.chain(optax.adamw(0.1), mo.scale_by_meta(_idle())),
+            lambda: _scheduled(0.1),
+        ],
+    )
+    def test_a_state_under_control_is_refused(self, controlled):
+        state = controlled().init(params())
+        with pytest.raises(ValueError, match=r"already under control.*migrate.*reset"):
+            mo.adopt(state, _injected(learning_rate=0.1), params())
+
+    @pytest.mark.parametrize(
+        ("old", "words"),
+        [
+            (optax.lion(0.1), r"\[0\].*ScaleByAdamState\(count, mu, nu\).*LionState\(count, mu\)"),
+            (
+                optax.adamw(0.1, mu_dtype=jnp.bfloat16),
+                r"mu\['dense'\].*float32\[4\].*bfloat16\[4\]",
+            ),
+            (optax.chain(optax.clip(1.0), optax.adamw(0.1)), r"tuple\(0, 1, 2\).*tuple\(0, 1\)"),
+            (optax.MultiSteps(optax.adamw(0.1), 2), r"tuple\(0, 1, 2\).*MultiStepsState\("),
+        ],
+    )
+    def test_another_optimizers_state_is_refused_with_the_path(self, old, words):
+        with pytest.raises(ValueError, match=words):
+            mo.adopt(old.init(params()), _injected(learning_rate=0.1), params())
+
+    def test_other_params_are_refused_with_the_path(self):
+        state = optax.adamw(0.1).init({k: jnp.ones(3) for k in params()})
+        with pytest.raises(ValueError, match=r"\.inner_state\[0\]\.mu\['dense'\].*\[4\].*\[3\]"):
+            mo.adopt(state, _injected(learning_rate=0.1), params())
+
+    def test_a_chain_with_other_links_is_refused(self):
+        state = _clipped(optax.adamw(0.1)).init(params())
+        tx = optax.chain(optax.adamw(0.1), mo.scale_by_meta(_idle()))
+        with pytest.raises(ValueError, match="does not fit"):
+            mo.adopt(state, tx, params())
