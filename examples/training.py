@@ -15,6 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 from monitor import JsonLines, Monitor, Recorder
 
+import meta_optax as mo
+
 LOG_EVERY = 10
 # The controller is shown a mean over about fifty steps. A single batch's loss scatters by more than
 # a hundred steps gain, so its "best" would be a lucky batch and patience would run out.
@@ -94,10 +96,11 @@ def train_step(
 
 def abstract_state(state: TrainState, tx: optax.GradientTransformationExtraArgs) -> TrainState:
     """Returns shapes, dtypes and places of a state, to restore another one into."""
-    del tx
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    params, loss = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        (state.params, state.smoothed_loss),
     )
+    return TrainState(params, mo.checkpoint_template(tx, params), loss)
 
 
 def set_up(

@@ -1,6 +1,8 @@
 """Closed-loop control of hyperparameters for Optax, inside the jitted step."""
 
+from meta_optax._adopt import adopt
 from meta_optax._advanced_plateau import advanced_plateau
+from meta_optax._checkpoint import checkpoint_template
 from meta_optax._combine import bounded, chain, every, log_only
 from meta_optax._core import MetaOptimizer
 from meta_optax._decisions import Decision, format_decisions, read_decisions
@@ -8,6 +10,7 @@ from meta_optax._expert_gate import expert_gate
 from meta_optax._greedy import greedy
 from meta_optax._inject import InjectMetaHyperparamsState, inject_meta_hyperparams
 from meta_optax._log import with_decisions
+from meta_optax._migrate import migrate
 from meta_optax._partition import moe_partition
 from meta_optax._plateau import plateau
 from meta_optax._read import read_hyperparams, reset
@@ -45,11 +48,13 @@ __all__ = [
     "ScaleByMetaState",
     "SkipSpikesState",
     "adapt_aux_loss",
+    "adopt",
     "advanced_plateau",
     "as_schedule",
     "balance_router_bias",
     "bounded",
     "chain",
+    "checkpoint_template",
     "every",
     "expert_gate",
     "explain_labels",
@@ -60,6 +65,7 @@ __all__ = [
     "inject_meta_hyperparams",
     "label_moe_params",
     "log_only",
+    "migrate",
     "moe_partition",
     "plateau",
     "read_decisions",

@@ -12,9 +12,10 @@ from meta_optax._inject import InjectMetaHyperparamsState
 from meta_optax._scale import ScaleByMetaState
 from meta_optax._schedule import MetaScheduleState
 from meta_optax._spikes import SkipSpikesState
+from meta_optax.moe._balance import BalanceRouterBiasState
 
 _STRATEGY_STATES = (InjectMetaHyperparamsState, ScaleByMetaState, MetaScheduleState)
-_OWN_STATES = (*_STRATEGY_STATES, SkipSpikesState)
+_OWN_STATES = (*_STRATEGY_STATES, SkipSpikesState, BalanceRouterBiasState)
 
 
 def read_hyperparams(opt_state: Any) -> dict[str, float]:
@@ -58,7 +59,7 @@ def gather_hyperparams(opt_state: Any) -> FoundHyperparams:
     """The hyperparameters in a state, wherever its arrays are."""
     return FoundHyperparams(
         values=[node.hyperparams for node in _nodes(opt_state, _has_hyperparams)],
-        versions=[node.layout_version for node in _nodes(opt_state, _is_own)],
+        versions=[node.layout_version for node in own_nodes(opt_state)],
     )
 
 
@@ -110,9 +111,9 @@ def reset(opt_state: Any, tx: Any, params: Any) -> Any:
       0.1 4
     """
     shapes = jax.eval_shape(tx.init, params)
-    if not _nodes(opt_state, _has_strategy):
+    if not has_strategy(opt_state):
         raise ValueError("The state holds no strategy of this library: there is nothing to reset.")
-    check_versions([node.layout_version for node in _nodes(opt_state, _is_own)])
+    check_versions([node.layout_version for node in own_nodes(opt_state)])
     if _layout(shapes) != _layout(opt_state):
         raise ValueError(
             "The state does not belong to this transformation and these params: structures, shapes "
@@ -159,8 +160,14 @@ def _only_leaf(tree: Any) -> np.ndarray:
     return np.asarray(jax.tree.leaves(tree)[0])
 
 
-def _is_own(node: Any) -> bool:
-    return isinstance(node, _OWN_STATES)
+def own_nodes(tree: Any) -> list[Any]:
+    """The states of this library in a tree that have a version."""
+    return _nodes(tree, lambda node: isinstance(node, _OWN_STATES))
+
+
+def has_strategy(tree: Any) -> bool:
+    """Whether a strategy of this library is anywhere in a state."""
+    return bool(_nodes(tree, _has_strategy))
 
 
 def _has_strategy(node: Any) -> bool:
@@ -185,11 +192,24 @@ def _nodes(tree: Any, is_wanted: Callable[[Any], bool]) -> list[Any]:
     return found
 
 
-def check_versions(versions: list[Any]) -> None:
-    """Raises if a state has another layout than this version's, as far as can be seen."""
-    for version in jax.tree.leaves(versions):
-        if not isinstance(version, Tracer) and np.any(np.asarray(version) != LAYOUT_VERSION):
-            raise ValueError(
-                f"The state has layout version {version}, and this version of meta_optax knows "
-                f"{LAYOUT_VERSION}: restore it with the version that wrote it."
-            )
+def check_versions(versions: list[Any], *, oldest: int = LAYOUT_VERSION) -> None:
+    """Raises if a state has a layout that is not known, as far as can be seen.
+
+    Args:
+      versions: the versions found.
+      oldest: the oldest layout that will do.
+    """
+    for leaf in jax.tree.leaves(versions):
+        if isinstance(leaf, Tracer):
+            continue
+        for version in np.unique(np.asarray(leaf)).tolist():
+            known = f"The state has layout version {version}, and this version of meta_optax "
+            if version > LAYOUT_VERSION:
+                raise ValueError(
+                    f"{known}knows {LAYOUT_VERSION}: the state is newer, so it needs a newer "
+                    "meta_optax."
+                )
+            if version < oldest:
+                remedy = "migrate(state, tx, params) brings it there"
+                remedy = remedy if version >= 1 else "no version of it ever wrote that"
+                raise ValueError(f"{known}has layout {LAYOUT_VERSION}: {remedy}.")
