@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from command_line import StopRequest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, PyTree
+from meshes import current_mesh, place_rows, state_shardings
 from monitor import Monitor, Recorder
 
 LOG_EVERY = 10
@@ -73,8 +75,16 @@ def train_step(
     return TrainState(params, opt_state, smoothed), {**metrics, **rates, "smoothed_loss": smoothed}
 
 
+def train_state_shardings(
+    mesh: Mesh, tx: optax.GradientTransformationExtraArgs, params: PyTree
+) -> TrainState:
+    """Returns where all of a state belongs on a mesh, given the params or their shapes."""
+    own, moments = state_shardings(mesh, tx, params)
+    return TrainState(own, moments, NamedSharding(mesh, jax.P()))  # pyright: ignore
+
+
 def set_up(
-    model: nnx.Module,
+    make_model: Callable[[], nnx.Module],
     loss_fn: LossFn,
     tx: optax.GradientTransformationExtraArgs,
     *,
@@ -86,7 +96,8 @@ def set_up(
     """Starts the optimizer, and compiles the step for batches like the example.
 
     Args:
-        model: what to train; its params are.
+        make_model: makes what to train; its params are. With a mesh in force, each device makes
+            its own part of them.
         loss_fn: the loss, and what there is to say of a batch.
         tx: the optimizer under control.
         guesses: how many classes the model chooses from.
@@ -100,15 +111,23 @@ def set_up(
     Raises:
         EndedEarly: if the end was asked for.
     """
-    graphdef, params = nnx.split(model, nnx.Param)
-    # The loss of guessing is where the smoothed one starts, so it needs no correction.
-    state = TrainState(params, tx.init(params), jnp.log(jnp.float32(guesses)))
+    graphdef, shapes = nnx.split(nnx.eval_shape(make_model), nnx.Param)
+
+    def init() -> TrainState:
+        params = nnx.split(make_model(), nnx.Param)[1]
+        # The loss of guessing is where the smoothed one starts, so it needs no correction.
+        return TrainState(params, tx.init(params), jnp.log(jnp.float32(guesses)))
+
+    mesh = current_mesh()
+    shardings = mesh and train_state_shardings(mesh, tx, shapes)
+    state = jax.jit(init, out_shardings=shardings)() if mesh else init()
     monitor.announce("compiling the step")
     stop.check()
     begin = time.perf_counter()
     step = functools.partial(train_step, loss_fn, graphdef, tx)
     # Compiled ahead of time: another shape or dtype is an error then, not a second compile.
-    step_fn = jax.jit(step, donate_argnums=0).lower(state, example).compile()
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    step_fn = jitted.lower(state, place_rows(example)).compile()
     stop.check()
     return Setup(graphdef, state, step_fn, time.perf_counter() - begin)
 
@@ -138,7 +157,7 @@ def train(
     """
     done, is_last = 0, False
     while not is_last:
-        state, metrics = step_fn(state, next(batches))
+        state, metrics = step_fn(state, place_rows(next(batches)))
         recorder.flush()
         is_last = done == steps - 1 or bool(stop.exit_code)
         if is_last or done % LOG_EVERY == 0:
