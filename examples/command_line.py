@@ -54,6 +54,7 @@ class Arguments(NamedTuple):
     save_every: int = SAVE_EVERY
     resume: int | None = None
     switches: frozenset[str] = frozenset()
+    mesh: Mapping[str, int] | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,12 +82,35 @@ def whole_number(lowest: int):
     return parse
 
 
+def mesh_sizes(*axes: str):
+    """Returns an argument type for sizes of a mesh's axes, such as ``data=2,expert=4``."""
+    known = ", ".join(axes)
+
+    def parse(text: str) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            axis, _, size = part.partition("=")
+            if axis not in axes:
+                raise argparse.ArgumentTypeError(f"has the axes {known}, not {axis!r}")
+            if axis in sizes:
+                raise argparse.ArgumentTypeError(f"has the axis {axis!r} twice")
+            if not (size.isascii() and size.isdecimal() and 1 <= int(size) <= LARGEST):
+                raise argparse.ArgumentTypeError(
+                    f"needs a whole number >= 1 as the size of {axis!r}, not {size!r}"
+                )
+            sizes[axis] = int(size)
+        return sizes
+
+    return parse
+
+
 def parse_arguments(
     description: str,
     *,
     steps: int,
     out: str,
     switches: Mapping[str, str] | None = None,
+    mesh_axes: Sequence[str] = (),
     argv: Sequence[str] | None = None,
 ) -> Arguments:
     """Parses the command line; a mistake ends the program with one line on stderr.
@@ -96,6 +120,7 @@ def parse_arguments(
         steps: the default of `--steps`.
         out: the default of `--out`.
         switches: options without a value that only this example has, and what they do.
+        mesh_axes: the axes of `--mesh`, for an example that runs on many devices.
         argv: the arguments; the process' own by default.
 
     Returns:
@@ -119,6 +144,9 @@ def parse_arguments(
     own = switches or {}
     for name, meaning in own.items():
         add(f"--{name}", action="store_true", help=meaning)
+    if mesh_axes:
+        meaning = f"run on many devices; axes {', '.join(mesh_axes)} (default: one device)"
+        add("--mesh", type=mesh_sizes(*mesh_axes), metavar="AXIS=SIZE,...", help=meaning)
     values = vars(parser.parse_args(argv))
     for option in ("save_every", "resume"):
         if values["checkpoint_dir"] is None and values[option] is not None:

@@ -175,7 +175,7 @@ def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Result:
         split = load_split(TEST_SHARE)
         batches = TrainingBatches(split.train, BATCH_SIZE, arguments.seed)
         setup = set_up(
-            ExpertGraph(config, nnx.Rngs(arguments.seed)),
+            lambda: ExpertGraph(config, nnx.Rngs(arguments.seed)),
             loss_and_statistics,
             make_optimizer(),
             guesses=CLASSES,

@@ -2,6 +2,7 @@
 
     python examples/train_moe.py                     # a minute and a half on two CPU cores, 0.9 GB
     python examples/train_moe.py --steps 40 --plain  # 10 seconds, to see that it runs
+    python examples/train_moe.py --mesh data=2,expert=4  # experts on four devices each
 
 A byte-level transformer (8 experts a layer, 2 per token) learns Python code, English prose and
 Unicode names, all read from the running Python itself. AdamW trains it in one compiled step;
@@ -40,6 +41,7 @@ with command_line.interruptible_imports():
     from figures import draw_gate, draw_loss, draw_rates, draw_run, draw_usage
     from flax import nnx
     from jaxtyping import Array, Float, PyTree
+    from meshes import AXES, check_rows, current_mesh, place_rows, use_mesh
     from moe_model import (
         BYTES,
         ModelConfig,
@@ -152,7 +154,7 @@ def evaluate(
     for batch in batches:
         if stop.exit_code:
             return None
-        statistics = jax.device_get(measure(params, batch)[1])
+        statistics = jax.device_get(measure(params, place_rows(batch))[1])
         losses.append(statistics["loss"])
         usage.append(statistics["corpus_usage"])
     # Each batch is of one corpus, and each corpus has as many batches as the next.
@@ -164,6 +166,8 @@ def evaluate(
 def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Result:
     """Trains and evaluates under a live display."""
     config = ModelConfig()
+    if mesh := current_mesh():
+        check_rows(mesh, BATCH_SIZE)
     with (
         open_checkpoints(arguments, stop) as checkpoints,
         Monitor(arguments.steps, stop, plain=arguments.plain) as monitor,
@@ -173,7 +177,7 @@ def run(arguments: Arguments, log: JsonLines, stop: StopRequest) -> Result:
         held_out = held_out_batches(splits, BATCH_SIZE)
         batches = training_batches(splits, BATCH_SIZE, arguments.seed)
         setup = set_up(
-            MoeTransformer(config, nnx.Rngs(arguments.seed)),
+            lambda: MoeTransformer(config, nnx.Rngs(arguments.seed)),
             loss_and_statistics,
             make_optimizer(config.layers),
             guesses=BYTES,
@@ -259,7 +263,7 @@ def title(result: Result) -> str:
 
 def train_and_report(arguments: Arguments, paths: dict[str, Path], stop: StopRequest) -> None:
     """Does what the example is for."""
-    with JsonLines(paths["log.jsonl"]) as log:
+    with use_mesh(arguments.mesh), JsonLines(paths["log.jsonl"]) as log:
         result = run(arguments, log, stop)
     say_results(result, log.records, stop)
     panels = (functools.partial(draw_loss, unit="nats per byte"), draw_rates, draw_gate, draw_usage)
@@ -271,7 +275,9 @@ def train_and_report(arguments: Arguments, paths: dict[str, Path], stop: StopReq
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
-    arguments = command_line.parse_arguments(__doc__ or "", steps=STEPS, out=OUT, argv=argv)
+    arguments = command_line.parse_arguments(
+        __doc__ or "", steps=STEPS, out=OUT, mesh_axes=AXES, argv=argv
+    )
     return command_line.run_example(arguments, FILES, train_and_report)
 
 

@@ -12,7 +12,9 @@ import optax
 from checkpoints import Checkpoints, Position
 from command_line import NEWEST, Arguments, StopRequest, UserError
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, Float, PyTree
+from meshes import current_mesh, param_shardings, place_rows
 from monitor import JsonLines, Monitor, Recorder
 
 import meta_optax as mo
@@ -94,17 +96,36 @@ def train_step(
     return TrainState(params, opt_state, smoothed), {**metrics, **rates, "smoothed_loss": smoothed}
 
 
-def abstract_state(state: TrainState, tx: optax.GradientTransformationExtraArgs) -> TrainState:
-    """Returns shapes, dtypes and places of a state, to restore another one into."""
-    params, loss = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-        (state.params, state.smoothed_loss),
+def abstract_state(
+    tx: optax.GradientTransformationExtraArgs, params: PyTree, mesh: Mesh | None
+) -> TrainState:
+    """Returns shapes, dtypes and places of a state: what it is made like, and restored into.
+
+    Args:
+        tx: the optimizer.
+        params: the params' shapes.
+        mesh: where it is to be; None for one device.
+
+    Returns:
+        The tree of `jax.ShapeDtypeStruct`.
+    """
+    if mesh:
+        places = param_shardings(mesh, params)
+        whole = NamedSharding(mesh, jax.P())
+    else:
+        whole = SingleDeviceSharding(jax.devices()[0])
+        places = jax.tree.map(lambda _: whole, params)
+    own = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        params,
+        places,
     )
-    return TrainState(params, mo.checkpoint_template(tx, params), loss)
+    loss: Any = jax.ShapeDtypeStruct([], jnp.float32, sharding=whole)
+    return TrainState(own, mo.checkpoint_template(tx, own), loss)
 
 
 def set_up(
-    model: nnx.Module,
+    make_model: Callable[[], nnx.Module],
     loss_fn: LossFn,
     tx: optax.GradientTransformationExtraArgs,
     *,
@@ -116,7 +137,8 @@ def set_up(
     """Starts the optimizer, and compiles the step for batches like the example.
 
     Args:
-        model: what to train; its params are.
+        make_model: makes what to train; its params are. With a mesh in force, each device makes
+            its own part of them.
         loss_fn: the loss, and what there is to say of a batch.
         tx: the optimizer under control.
         guesses: how many classes the model chooses from.
@@ -130,16 +152,24 @@ def set_up(
     Raises:
         EndedEarly: if the end was asked for.
     """
-    graphdef, params = nnx.split(model, nnx.Param)
-    # The loss of guessing is where the smoothed one starts, so it needs no correction.
-    state = TrainState(params, tx.init(params), jnp.log(jnp.float32(guesses)))
-    template = abstract_state(state, tx)
+    graphdef, shapes = nnx.split(nnx.eval_shape(make_model), nnx.Param)
+
+    def init() -> TrainState:
+        params = nnx.split(make_model(), nnx.Param)[1]
+        # The loss of guessing is where the smoothed one starts, so it needs no correction.
+        return TrainState(params, tx.init(params), jnp.log(jnp.float32(guesses)))
+
+    template = abstract_state(tx, shapes, current_mesh())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
+    # One device starts as ever: compiled, the first weights would differ in the last digit.
+    state = jax.jit(init, out_shardings=shardings)() if current_mesh() else init()
     monitor.announce("compiling the step")
     stop.check()
     begin = time.perf_counter()
     step = functools.partial(train_step, loss_fn, graphdef, tx)
     # Compiled ahead of time: another shape or dtype is an error then, not a second compile.
-    step_fn = jax.jit(step, donate_argnums=0).lower(state, example).compile()
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    step_fn = jitted.lower(state, place_rows(example)).compile()
     stop.check()
     return Setup(graphdef, state, template, step_fn, time.perf_counter() - begin)
 
@@ -229,7 +259,7 @@ def train(
     (state, done), steps = start, arguments.steps
     is_last = done >= steps
     while not is_last:
-        state, metrics = setup.step_fn(state, next(batches))
+        state, metrics = setup.step_fn(state, place_rows(next(batches)))
         recorder.flush()
         is_last = done == steps - 1 or bool(stop.exit_code)
         lasting = done % LOG_EVERY == 0

@@ -10,6 +10,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
+from meta_optax._devices import check_same_everywhere, replicate
+
 State = Any
 Metrics = Mapping[str, Any]
 # Values are arrays wherever this library calls; people may try a strategy on Python numbers.
@@ -126,7 +128,7 @@ class MetaOptimizer(_MetaOptimizerFields):
 
 
 def read_metric(strategy: str, metrics: Metrics, name: str, shape: Shape) -> Array:
-    """The metric ``name`` as float32, of the shape asked for unless that is None.
+    """The metric ``name`` as float32, whole on all devices, of the shape asked for if any is.
 
     Raises:
       TypeError: if it was not passed or is not numeric; the message says what call to write.
@@ -139,7 +141,7 @@ def read_metric(strategy: str, metrics: Metrics, name: str, shape: Shape) -> Arr
             cause += " and cannot be measured without params: pass those to update, or the norm"
         raise TypeError(f"{strategy} needs the metric {name!r}, which {cause}. Write {call}.")
     try:
-        value = jnp.asarray(metrics[name]).astype(jnp.float32)
+        value = replicate(jnp.asarray(metrics[name]).astype(jnp.float32))
     except (TypeError, ValueError) as error:
         given = type(metrics[name]).__name__
         raise TypeError(
@@ -197,6 +199,7 @@ def hold_nonfinite(
 
     def observe_fn(state: State, metrics: Metrics) -> State:
         needed = {k: read_metric(strategy, metrics, k, n) for k, n in needs(metrics).items()}
+        check_same_everywhere(strategy, needed, state)
         finite = jnp.array(True)
         for value in needed.values():
             finite &= jnp.all(jnp.isfinite(value))

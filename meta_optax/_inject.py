@@ -31,6 +31,7 @@ from meta_optax._core import (
     plain_name,
     protect,
 )
+from meta_optax._devices import place_like
 
 Factory = Callable[..., optax.GradientTransformation]
 # What `optax.inject_hyperparams` takes for a number.
@@ -176,7 +177,7 @@ def inject_meta_hyperparams(
             meta_state = meta.init()
             start = {name: start_from(base, name) for name in names}
             used = apply_safely(meta, meta_state, base, start, names)
-            return InjectMetaHyperparamsState(
+            state = InjectMetaHyperparamsState(
                 layout_version=layout_version(),
                 count=count,
                 hyperparams=used,
@@ -185,6 +186,7 @@ def inject_meta_hyperparams(
                 meta_state=meta_state,
                 inner_state=_inner_state(inner(taken(used)).init(params)),
             )
+            return place_like(state, params)
 
         def update_fn(
             updates: Any, state: Any, params: Any = None, **extra_args: Any

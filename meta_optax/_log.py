@@ -24,6 +24,7 @@ from meta_optax._core import (
     protect,
     read_step,
 )
+from meta_optax._devices import replicate
 
 # Texts are kept as bytes beside the numbers, so that a log can be read without the strategies.
 _NAME_BYTES = 32
@@ -226,7 +227,7 @@ def _shown_name(metric: str, needed: tuple[str, ...]) -> str:
 
 def _scalar_of(metric: Any, layer: int | None) -> Float[Array, ""]:
     """A metric's value for the log: the layer's own where there is one, NaN for other arrays."""
-    value = jnp.asarray(jnp.nan if metric is None else metric).astype(jnp.float32)
+    value = replicate(jnp.asarray(jnp.nan if metric is None else metric).astype(jnp.float32))
     if layer is not None and value.ndim == 1:
         value = value[layer]
     return value if value.ndim == 0 else jnp.full([], jnp.nan, jnp.float32)

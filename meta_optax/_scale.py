@@ -18,6 +18,7 @@ from meta_optax._core import (
     plain_name,
     protect,
 )
+from meta_optax._devices import place_like
 from meta_optax._expert_gate import expert_gate
 from meta_optax._groups import (
     UNCONTROLLED,
@@ -137,12 +138,13 @@ def scale_by_meta(
             layers_in(params)
         meta_state = meta.init()
         start = {f"{name}_scale": jnp.ones([], jnp.float32) for name in names}
-        return ScaleByMetaState(
+        state = ScaleByMetaState(
             layout_version=layout_version(),
             count=jnp.zeros([], jnp.int32),
             hyperparams=scales(meta_state, start),
             meta_state=meta_state,
         )
+        return place_like(state, params)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any

@@ -21,6 +21,7 @@ from meta_optax._core import (
     read_metric,
     select,
 )
+from meta_optax._devices import check_same_everywhere, place_like
 from meta_optax._history import Window, clear_where, empty_window, push, stands_out
 
 _JUDGED = ("value", "grad_norm")
@@ -172,6 +173,7 @@ def hold_spikes(
         # A norm is there only where something measured it: the strategy may not need it.
         shown = [metric for metric in judged if metric == "value" or metric in metrics]
         values = {metric: read_metric(name, metrics, metric, 0) for metric in shown}
+        check_same_everywhere(name, values, state)
         finite = jnp.isfinite(jnp.stack(list(values.values()))).all()
         watch, verdict = _judge(rule, state.watch, values, finite)
         inner = select(verdict.is_accepted, meta.observe(state.inner, metrics), state.inner)
@@ -270,7 +272,7 @@ def skip_spikes(
     optimizer = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> SkipSpikesState:
-        return SkipSpikesState(
+        state = SkipSpikesState(
             layout_version=layout_version(),
             skipped_count=jnp.zeros([], jnp.int32),
             nonfinite_count=jnp.zeros([], jnp.int32),
@@ -278,6 +280,7 @@ def skip_spikes(
             watch=_start(rule, _JUDGED),
             inner_state=optimizer.init(params),
         )
+        return place_like(state, params)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -285,6 +288,7 @@ def skip_spikes(
         loss = read_metric("skip_spikes", extra_args, "value", 0)
         norm, usable = _norm_and_check(updates, extra_args)
         values = {"value": sign * loss, "grad_norm": norm}
+        check_same_everywhere("skip_spikes", values, state.watch)
         finite = usable & jnp.isfinite(loss)
         watch, verdict = _judge(rule, state.watch, values, finite)
         without_loss = usable & ~jnp.isfinite(loss)

@@ -331,27 +331,6 @@ class TestTransformations:
         assert len(moments) >= 6
 
     @each_transformation
-    def test_state_stays_where_it_was_on_a_mesh(self, name):
-        """Eight devices: params and moments split, decision state on every device."""
-        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        split = jax.NamedSharding(mesh, jax.P("data"))
-        whole = jax.NamedSharding(mesh, jax.P())
-        tx = TRANSFORMATIONS[name]()
-        # Four experts, whose load the rows hold, are too few for eight devices.
-        whole_too = split if name != "balance_router_bias" else whole
-        p = {k: jax.device_put(jnp.ones([16]), split) for k in params()}
-        p["router"] = jax.device_put(jnp.ones([16] if whole_too is split else [4]), whole_too)
-        state = jax.tree.map(
-            lambda x: jax.device_put(x, split if x.shape == (16,) else whole), tx.init(p)
-        )
-        step = jax.jit(lambda g, s: tx.update(g, s, g, **row()))
-        _, new = step(p, state)
-        _, newer = step(p, new)
-        assert step._cache_size() == 1
-        for old_leaf, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(newer), strict=True):
-            assert leaf.sharding.is_equivalent_to(old_leaf.sharding, leaf.ndim)
-
-    @each_transformation
     def test_long_scan_keeps_structure_and_bounds(self, name):
         tx = TRANSFORMATIONS[name]()
         # A balance bias has as many entries as the load.

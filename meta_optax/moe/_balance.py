@@ -12,6 +12,7 @@ from meta_optax import _checks
 from meta_optax._checks import Scalar
 from meta_optax._control import layout_version
 from meta_optax._core import read_metric
+from meta_optax._devices import check_same_everywhere, place_like, reshard_like
 from meta_optax.moe._layers import LeafLayers, find_layers
 from meta_optax.moe._paths import Path, leaves_with_paths
 
@@ -90,11 +91,11 @@ def balance_router_bias(
         update_rate = _checks.real("update_rate", update_rate, open_high=True)
 
     def init_fn(params: Any) -> BalanceRouterBiasState:
-        del params
         zero = jnp.zeros([], jnp.int32)
-        return BalanceRouterBiasState(
+        state = BalanceRouterBiasState(
             layout_version=layout_version(), count=zero, nonfinite_count=jnp.copy(zero)
         )
+        return place_like(state, params)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -105,14 +106,14 @@ def balance_router_bias(
         if not shapes:
             return updates, state
         usage = _read_usage(extra_args)
+        check_same_everywhere("balance_router_bias", {"expert_usage": usage}, state)
         rate = update_rate(state.count) if callable(update_rate) else update_rate
         steps = jnp.maximum(rate, 0.0) * _directions(usage, rule)
         is_finite = jnp.all(jnp.isfinite(usage)) & jnp.all(jnp.isfinite(steps))
         steps = jnp.where(is_finite, steps, 0.0)
         layers = _layers_of(shapes, usage.shape, layer_axis)
         moved = [
-            _place(steps, layers[path], leaf.shape).astype(leaf.dtype) if path in layers else leaf
-            for path, leaf in flat
+            _place(steps, layers[path], leaf) if path in layers else leaf for path, leaf in flat
         ]
         held = optax.safe_increment(state.nonfinite_count)
         return jax.tree.unflatten(treedef, moved), state._replace(
@@ -172,8 +173,9 @@ def _layers_of(
 
 
 def _place(
-    steps: Float[Array, "layers experts"], layers: LeafLayers, shape: tuple[int, ...]
+    steps: Float[Array, "layers experts"], layers: LeafLayers, leaf: Array
 ) -> Float[Array, "..."]:
-    """The steps of the leaf's layers, in its shape."""
+    """The steps of the leaf's layers, in its shape, dtype and sharding."""
     rows = steps[layers.layers]
-    return rows.reshape(shape) if layers.axis is None else jnp.moveaxis(rows, 0, layers.axis)
+    placed = rows.reshape(leaf.shape) if layers.axis is None else jnp.moveaxis(rows, 0, layers.axis)
+    return reshard_like(placed.astype(leaf.dtype), leaf)
