@@ -58,7 +58,9 @@ def _make_cpu_devices(count: int) -> None:
         return
     # There is nothing to be done once the backend has started: `make_mesh` says what is missing.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", max(count, jax.config.read("jax_num_cpu_devices")))
+        # JAX makes the attributes of its configuration while it is imported.
+        present = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_num_cpu_devices", max(count, present))
 
 
 def use_mesh(sizes: Mapping[str, int] | None) -> contextlib.AbstractContextManager[Any]:

@@ -312,3 +312,20 @@ def test_folder_that_cannot_be_written(tmp_path):
     again = run_example(EXAMPLE, "--out", tmp_path, "--checkpoint-dir", "/proc/no/such")
     assert again.returncode == 2
     assert "--checkpoint-dir /proc/no/such: cannot write there" in again.stderr
+
+
+def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
+    """Eight devices, then one, then four: the losses are those of one device throughout."""
+    pytest.importorskip("grain")
+    options = ["--plain", "--out", tmp_path / "out", "--save-every", 10]
+    options += ["--checkpoint-dir", tmp_path / "saved", "--resume"]
+    for steps, mesh in ((10, ["--mesh", "data=2,expert=4"]), (20, []), (30, ["--mesh", "fsdp=2"])):
+        done = run_example("train_moe.py", "--steps", steps, *options, *mesh)
+        assert done.returncode == 0, done.stderr
+        assert (f"resumed after step {steps - 10} " in done.stdout) == (steps > 10)
+    run_example("train_moe.py", "--steps", 30, "--plain", "--out", tmp_path / "one")
+    log, expected = read_log(tmp_path / "out"), read_log(tmp_path / "one")
+    assert [record["step"] for record in log] == [record["step"] for record in expected]
+    for record, other in zip(log, expected, strict=True):
+        assert record["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert record["learning_rate"] == pytest.approx(other["learning_rate"], rel=1e-6)
