@@ -23,6 +23,7 @@ from meta_optax._core import (
     plain_name,
     protect,
     read_step,
+    split_pair,
 )
 
 # Texts are kept as bytes beside the numbers, so that a log can be read without the strategies.
@@ -202,7 +203,7 @@ def _candidate(
     unknown = Rules(index=jnp.zeros([], jnp.int32), texts=(meta.name,), metrics=("",))
     rule = next((rules[key] for key in names if key in rules), unknown)
     shown = [_shown_name(name, meta.metrics) for name in rule.metrics]
-    values = [_scalar_of(metrics.get(name), rule.layer) for name in shown]
+    values = [_scalar_of(meta.name, name, metrics.get(name), rule.layer) for name in shown]
 
     def text(texts: Iterable[str]) -> UInt8[Array, " text_bytes"]:
         return jnp.asarray(np.stack([_encode(text, _TEXT_BYTES) for text in texts]))[rule.index]
@@ -224,9 +225,14 @@ def _shown_name(metric: str, needed: tuple[str, ...]) -> str:
     return normalized if metric not in needed and normalized in needed else metric
 
 
-def _scalar_of(metric: Any, layer: int | None) -> Float[Array, ""]:
-    """A metric's value for the log: the layer's own where there is one, NaN for other arrays."""
+def _scalar_of(strategy: str, name: str, metric: Any, layer: int | None) -> Float[Array, ""]:
+    """A metric's value for the log: the layer's own where there is one, NaN for other arrays.
+
+    It is NaN, too, where the metric did not arrive.
+    """
+    metric, arrived = split_pair(strategy, name, metric)
     value = jnp.asarray(jnp.nan if metric is None else metric).astype(jnp.float32)
+    value = jnp.where(arrived, value, jnp.nan)
     if layer is not None and value.ndim == 1:
         value = value[layer]
     return value if value.ndim == 0 else jnp.full([], jnp.nan, jnp.float32)

@@ -18,6 +18,7 @@ from meta_optax._core import (
     Metrics,
     State,
     protect,
+    read_arrival,
     read_metric,
     select,
 )
@@ -115,7 +116,8 @@ def hold_spikes(
     Neither spikes nor what is not finite enter the windows. Before a window holds half of what it
     can, and at least 8 values, no finite value is a spike. After ``max_consecutive`` finite spikes
     in a row the next one is taken for the new normal: it is shown, and the windows start afresh
-    from it. A step between them that is not finite neither counts nor ends the row.
+    from it. A step between them that is not finite neither counts nor ends the row. A metric that
+    did not arrive (of a pair whose flag is false) is not judged, and such a step ends no row.
 
     Metrics: those of the strategy, of which ``value`` and ``grad_norm`` are judged; ``grad_norm``
     only where it is there.
@@ -171,8 +173,11 @@ def hold_spikes(
         # A norm is there only where something measured it: the strategy may not need it.
         shown = [metric for metric in judged if metric == "value" or metric in metrics]
         values = {metric: read_metric(name, metrics, metric, 0) for metric in shown}
-        finite = jnp.isfinite(jnp.stack(list(values.values()))).all()
-        watch, verdict = _judge(rule, state.watch, values, finite)
+        arrived = {metric: read_arrival(name, metrics, [metric]) for metric in shown}
+        finite = jnp.array(True)
+        for metric, value in values.items():
+            finite &= jnp.isfinite(value) | ~arrived[metric]
+        watch, verdict = _judge(rule, state.watch, values, finite, arrived)
         inner = select(verdict.is_accepted, meta.observe(state.inner, metrics), state.inner)
         return HoldSpikesState(
             spike_count=_count(state.spike_count, verdict.is_spike),
@@ -219,7 +224,8 @@ def skip_spikes(
     windows; it stays so until a loss is finite. Unlike with `optax.apply_if_finite`, gradients that
     are not finite, or whose norm is not, are never let through, however many there are in a row:
     they would destroy the params. A step of the one kind between steps of the other neither counts
-    nor ends their row.
+    nor ends their row. Nor does a step where the loss did not arrive (of a pair whose flag is
+    false), which is judged by its gradients alone.
 
     Goes around the whole optimizer, clips and `inject_meta_hyperparams` included: a strategy
     inside sees no dropped step, and the norm before any clip.
@@ -284,15 +290,17 @@ def skip_spikes(
         loss = read_metric("skip_spikes", extra_args, "value", 0)
         norm, usable = _norm_and_check(updates, extra_args)
         values = {"value": sign * loss, "grad_norm": norm}
-        finite = usable & jnp.isfinite(loss)
-        watch, verdict = _judge(rule, state.watch, values, finite)
-        without_loss = usable & ~jnp.isfinite(loss)
+        arrived = {name: read_arrival("skip_spikes", extra_args, [name]) for name in values}
+        is_lost = arrived["value"] & ~jnp.isfinite(loss)
+        finite = usable & ~is_lost
+        watch, verdict = _judge(rule, state.watch, values, finite, arrived)
+        without_loss = usable & is_lost
         gives_up = without_loss & (state.nonfinite_streak >= rule.max_consecutive)
         taken = verdict.is_accepted | gives_up
         streak = _count(state.nonfinite_streak, without_loss)
 
         def take() -> tuple[Any, Any]:
-            metrics = {**extra_args, "grad_norm": norm}
+            metrics = {"grad_norm": norm, **extra_args}
             new_updates, inner_state = optimizer.update(
                 updates, state.inner_state, params, **metrics
             )
@@ -306,7 +314,7 @@ def skip_spikes(
         return new_updates, state._replace(
             skipped_count=_count(state.skipped_count, ~taken),
             nonfinite_count=_count(state.nonfinite_count, ~taken & ~finite),
-            nonfinite_streak=jnp.where(verdict.is_accepted, 0, streak),
+            nonfinite_streak=jnp.where(verdict.is_accepted & arrived["value"], 0, streak),
             watch=watch,
             inner_state=inner_state,
         )
@@ -334,14 +342,18 @@ def _start(rule: _Rule, names: tuple[str, ...]) -> SpikeWatch:
 
 
 def _judge(
-    rule: _Rule, watch: SpikeWatch, values: Mapping[str, Array], finite: Bool[Array, ""]
+    rule: _Rule,
+    watch: SpikeWatch,
+    values: Mapping[str, Array],
+    finite: Bool[Array, ""],
+    arrived: Mapping[str, Bool[Array, ""]],
 ) -> tuple[SpikeWatch, _Verdict]:
-    """Judges the values of a step, and learns them if they are accepted."""
+    """Judges the values of a step that arrived, and learns them if they are accepted."""
     stands_out_at_all = jnp.array(False)
     for name, value in values.items():
         window = watch.windows[name]
         enough = window.count >= max(rule.window // 2, _SHORTEST_WINDOW)
-        stands_out_at_all |= enough & stands_out(
+        stands_out_at_all |= (arrived[name] & enough) & stands_out(
             window, value, rule.threshold, both_sides=name in rule.both_sides
         )
     suspect = finite & stands_out_at_all
@@ -351,15 +363,19 @@ def _judge(
     )
     learned = {
         name: select(
-            verdict.is_accepted,
+            verdict.is_accepted & arrived[name],
             push(clear_where(is_new_normal, watch.windows[name]), value),
             watch.windows[name],
         )
         for name, value in values.items()
     }
     streak = _count(watch.streak, verdict.is_spike)
+    # A step on which a metric did not arrive says nothing of whether that one is back to normal:
+    # if it ended the row, spikes of a loss that comes every n-th step would be hidden for ever.
+    complete = jnp.stack(list(arrived.values())).all()
+    ends = verdict.is_accepted & (complete | is_new_normal)
     return SpikeWatch(
-        windows={**watch.windows, **learned}, streak=jnp.where(verdict.is_accepted, 0, streak)
+        windows={**watch.windows, **learned}, streak=jnp.where(ends, 0, streak)
     ), verdict
 
 
@@ -369,8 +385,9 @@ def _norm_and_check(grads: Any, extra_args: Metrics) -> tuple[Float[Array, ""], 
     norm = measured
     if "grad_norm" in extra_args:
         norm = read_metric("skip_spikes", extra_args, "grad_norm", 0)
+    unusable = read_arrival("skip_spikes", extra_args, ["grad_norm"]) & ~jnp.isfinite(norm)
     # The sum of squares is finite only if each of them is, and costs less than testing each.
-    return norm, jnp.isfinite(norm) & jnp.isfinite(measured)
+    return norm, jnp.isfinite(measured) & ~unusable
 
 
 def _count(count: Int[Array, ""], happened: Bool[Array, ""]) -> Int[Array, ""]:

@@ -116,6 +116,10 @@ STRATEGIES = {
     "every": Strategy(
         lambda: mo.every(3, mo.plateau()), lambda: mo.every(2, mo.plateau(patience=1))
     ),
+    "every[signal]": Strategy(
+        lambda: mo.every("is_validation", mo.plateau()),
+        lambda: mo.every("is_validation", mo.plateau(patience=1)),
+    ),
     "bounded": Strategy(
         lambda: mo.bounded(mo.plateau(), learning_rate=(1e-4, 1.0)),
         lambda: mo.bounded(mo.plateau(patience=1), learning_rate=(1e-4, 1.0)),
@@ -208,6 +212,7 @@ def row(step: int = 0, *, value: float = 1.0) -> dict[str, Any]:
         "value": jnp.float32(value),
         "grad_norm": jnp.float32(12.0 if step % 3 == 0 else 1.0),
         "param_norm": jnp.float32(1.0 + step),
+        "is_validation": jnp.array(step % 2 == 0),
         **load,
         **{f"{name}_per_layer": jnp.stack([x] * LAYERS) for name, x in load.items()},
     }
