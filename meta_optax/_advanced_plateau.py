@@ -123,10 +123,10 @@ def advanced_plateau(
     positive weight norms, (last - first) / 3 > ``weight_norm_threshold``; the loss rose since the
     row before and the mean of the last two gradient norms is above ``grad_norm_threshold / 2``.
 
-    The warm-up follows the step count, observed or not, also where the loss did not arrive. The cuts multiply the base value, so a
-    base schedule keeps its shape, and every group's form of a rate is cut with it. ``min_lr`` is a
-    floor on the cuts alone. Where the optimizer has no weight decay, the norms are neither needed
-    nor measured.
+    The warm-up follows the step count, observed or not, also where the loss did not arrive. The
+    cuts multiply the base value, so a base schedule keeps its shape, and every group's form of a
+    rate is cut with it. ``min_lr`` is a floor on the cuts alone. Where the optimizer has no weight
+    decay, the norms are neither needed nor measured.
 
     Metrics: ``value`` (the loss), ``grad_norm`` and ``param_norm``, all scalars.
 

@@ -9,12 +9,13 @@ from jax.core import Tracer
 
 from meta_optax._control import LAYOUT_VERSION
 from meta_optax._inject import InjectMetaHyperparamsState
+from meta_optax._multi_steps import MetaMultiStepsState
 from meta_optax._scale import ScaleByMetaState
 from meta_optax._schedule import MetaScheduleState
 from meta_optax._spikes import SkipSpikesState
 
 _STRATEGY_STATES = (InjectMetaHyperparamsState, ScaleByMetaState, MetaScheduleState)
-_OWN_STATES = (*_STRATEGY_STATES, SkipSpikesState)
+_OWN_STATES = (*_STRATEGY_STATES, SkipSpikesState, MetaMultiStepsState)
 
 
 def read_hyperparams(opt_state: Any) -> dict[str, float]:

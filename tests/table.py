@@ -183,6 +183,13 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] 
     ),
     "moe_partition": lambda: mo.moe_partition(optax.adamw, LABELS)(0.1),
     "skip_spikes": lambda: mo.skip_spikes(optax.adamw(0.1), window=8, max_consecutive=1),
+    "multi_steps": lambda: mo.multi_steps(injected(STRATEGIES["plateau"]), 2, metrics=SHAPES),
+    "multi_steps[skip]": lambda: mo.multi_steps(
+        optax.chain(optax.clip(1.0), injected(STRATEGIES["smart_expert_gate"])),
+        1,
+        metrics=SHAPES,
+        should_skip_update_fn=optax.skip_not_finite,
+    ),
     "skip_spikes[inject]": lambda: mo.skip_spikes(injected(STRATEGIES["plateau"]), window=8),
 }
 
