@@ -20,6 +20,7 @@ from meta_optax._core import (
     observe_where,
     protect,
 )
+from meta_optax._counts import add_counts
 
 
 class ChainState(NamedTuple):
@@ -30,7 +31,7 @@ class ChainState(NamedTuple):
     @property
     def nonfinite_count(self) -> Int[Array, ""]:
         """How often a needed metric was not finite, summed over the strategies."""
-        return jnp.stack([state.nonfinite_count for state in self.states]).sum(dtype=jnp.int32)
+        return add_counts(*(state.nonfinite_count for state in self.states))
 
 
 def chain(*meta_optimizers: MetaOptimizer) -> MetaOptimizer:

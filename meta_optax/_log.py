@@ -25,6 +25,7 @@ from meta_optax._core import (
     read_step,
     split_pair,
 )
+from meta_optax._counts import keep_room
 
 # Texts are kept as bytes beside the numbers, so that a log can be read without the strategies.
 _NAME_BYTES = 32
@@ -34,7 +35,7 @@ _ROUNDING = 1e-6
 
 
 class DecisionLog(NamedTuple):
-    """A ring of the last decisions; ``count`` is how many were ever made."""
+    """A ring of the last decisions; ``count`` is how many were ever made, while int32 holds it."""
 
     kept_on_reset = ("count", "step", "old", "new", "value", "hyperparam", "reason", "metric")
 
@@ -243,6 +244,7 @@ def _record(log: DecisionLog, step: Int[Array, ""], candidates: list[_Candidate]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *candidates)
     changed = _differ(stacked.old, stacked.new)
     capacity = log.step.shape[0]
+    log = log._replace(count=keep_room(log.count, len(candidates), capacity))
     position = log.count + jnp.cumsum(changed, dtype=jnp.int32) - 1
     total = log.count + jnp.sum(changed, dtype=jnp.int32)
     # More decisions in one step than the ring holds would fall on one another: keep the last.

@@ -22,6 +22,7 @@ from meta_optax._core import (
     read_metric,
     select,
 )
+from meta_optax._counts import add_counts
 from meta_optax._history import Window, clear_where, empty_window, push, stands_out
 
 _JUDGED = ("value", "grad_norm")
@@ -48,7 +49,7 @@ class HoldSpikesState(NamedTuple):
     @property
     def nonfinite_count(self) -> Int[Array, ""]:
         """How often a needed metric was not finite, hidden here or held by the strategy."""
-        return self.own_nonfinite_count + self.inner.nonfinite_count
+        return add_counts(self.own_nonfinite_count, self.inner.nonfinite_count)
 
 
 class SkipSpikesState(NamedTuple):

@@ -11,7 +11,7 @@ from table import BASE, FREE, row
 
 import meta_optax as mo
 
-STEPS = 24
+STEPS = 160
 GATES = {"normalized_entropy": True}
 # The plateaus decide often, so that each argument has something to change.
 QUICK = {"patience": 2}
@@ -78,7 +78,6 @@ def _cases():
         "sparsity_target": (0.2, 0.9),
         "sparsity_tolerance": (0.05, 0.5),
         "specialization_bonus": (1.1, 1.5),
-        "specialization_threshold": (0.0, 0.9),
     }
     aux = {
         "factor": (1.1, 2.0),
@@ -90,9 +89,6 @@ def _cases():
         "violation_band": ((0.0, 0.05), (2.0, 3.0)),
     }
     guard = {
-        "load_entropy": ((0.1, 0.9), (0.7, 0.9)),
-        "dead_experts": ((0.4, 0.1), (0.9, 0.6)),
-        "max_violation": ((1.0, 0.5), (9.0, 8.0)),
         "undecided_entropy": (0.1, 0.95),
         "smoothing": (0.0, 0.8),
         "patience": (1, 3),
@@ -103,15 +99,24 @@ def _cases():
         "update_frequency": (1, 2),
     }
     guarded = {"patience": 1, "release_patience": 1, "smoothing": 0.0}
+    # Each pair by itself, the other two causes being out of reach.
+    causes = {
+        "load_entropy": ((0.1, 0.9), (0.7, 0.9)),
+        "dead_experts": ((0.4, 0.1), (0.9, 0.6)),
+        "max_violation": ((1.0, 0.5), (9.0, 8.0)),
+    }
+    never = {"load_entropy": (0.0, 0.0), "dead_experts": (1.0, 1.0), "max_violation": (99.0, 99.0)}
     table = [
         (mo.plateau, {**plateau, "wd_increase_factor": (1.1, 2.0)}, QUICK),
         (mo.advanced_plateau, advanced, {**QUICK, "warmup_steps": 2}),
         (mo.trend_plateau, trend, {**TREND, "min_evidence": 8}),
         (mo.greedy, greedy, {**TREND, "max_scale": 2.0}),
         (mo.expert_gate, gate, GATES),
-        (mo.smart_expert_gate, smart, GATES),
+        (mo.smart_expert_gate, smart, {}),
+        (mo.smart_expert_gate, {"specialization_threshold": (0.0, 0.9)}, GATES),
         (mo.adapt_aux_loss, aux, {"smoothing": 0.0}),
         (mo.guard_collapse, guard, guarded),
+        (mo.guard_collapse, causes, guarded | never),
         (_every, {"n": (1, 3)}, {}),
         (_bounded, {"learning_rate": ((1e-4, 0.004), (0.006, 0.008))}, {}),
         (_hold_spikes, {"threshold": (1.0, 8.0), "max_consecutive": (1, 3)}, {}),
@@ -154,9 +159,11 @@ NEITHER = {(mo.adapt_aux_loss, "hyperparam")}
 
 
 def _loss(step):
-    """A fall, a spike, a plateau, a rise."""
-    falls = jnp.maximum(1.0 - 0.1 * step, 0.2)
-    return falls + jnp.where(step == 9, 2.0, 0.0) + jnp.where(step > 15, 0.1 * (step - 15), 0.0)
+    """A fall with a spike, a plateau, a rise, and a fall again, with a little noise."""
+    falls = jnp.maximum(2.0 - 0.04 * step, 0.8)
+    rises = jnp.clip(step - 60.0, 0.0, 40.0) - 1.3 * jnp.clip(step - 120.0, 0.0, 40.0)
+    spike = jnp.where(step == 9, 2.0, 0.0)
+    return falls + 0.03 * rises + spike + 0.01 * jnp.sin(7.0 * step)
 
 
 def _used(meta):
@@ -169,6 +176,7 @@ def _used(meta):
     for name, good in (("load_entropy_normalized", 1.0), ("dead_experts", 0.0)):
         metrics[name] = jnp.where(late, good, metrics[name] * 0.5 + 0.3)
     metrics["max_violation"] = jnp.where(late, 0.1, 2.0)
+    metrics["expert_usage"] = jnp.where(late[:, None], 0.25, metrics["expert_usage"])
 
     def step(state, inputs):
         i, seen = inputs
