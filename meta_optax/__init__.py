@@ -1,5 +1,7 @@
 """Closed-loop control of hyperparameters for Optax, inside the jitted step."""
 
+from typing import TYPE_CHECKING, Any
+
 from meta_optax._adopt import adopt
 from meta_optax._advanced_plateau import advanced_plateau
 from meta_optax._checkpoint import checkpoint_template
@@ -11,6 +13,7 @@ from meta_optax._greedy import greedy
 from meta_optax._inject import InjectMetaHyperparamsState, inject_meta_hyperparams
 from meta_optax._log import with_decisions
 from meta_optax._migrate import migrate
+from meta_optax._multi_steps import MetaMultiStepsState, multi_steps
 from meta_optax._partition import moe_partition
 from meta_optax._plateau import plateau
 from meta_optax._read import read_hyperparams, reset
@@ -38,15 +41,20 @@ from meta_optax.moe._guard import guard_collapse
 from meta_optax.moe._labels import explain_labels, label_moe_params
 from meta_optax.moe._router_metrics import router_metrics
 
+if TYPE_CHECKING:
+    from meta_optax._flax import TrainState
+
 __all__ = [
     "BalanceRouterBiasState",
     "Decision",
     "InjectMetaHyperparamsState",
+    "MetaMultiStepsState",
     "MetaOptimizer",
     "MetaScheduleState",
     "MetricsWriter",
     "ScaleByMetaState",
     "SkipSpikesState",
+    "TrainState",
     "adapt_aux_loss",
     "adopt",
     "advanced_plateau",
@@ -67,6 +75,7 @@ __all__ = [
     "log_only",
     "migrate",
     "moe_partition",
+    "multi_steps",
     "plateau",
     "read_decisions",
     "read_hyperparams",
@@ -87,3 +96,20 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """What needs Flax is imported when it is asked for, so that this can be without Flax."""
+    if name != "TrainState":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from meta_optax._flax import TrainState
+    except ImportError as error:
+        raise ImportError(
+            'meta_optax.TrainState needs Flax: pip install "meta-optax[flax]".'
+        ) from error
+    return TrainState
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

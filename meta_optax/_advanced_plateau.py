@@ -17,6 +17,7 @@ from meta_optax._core import (
     forms,
     hold_nonfinite,
     is_due,
+    read_arrival,
     read_step,
     rules_of,
     sees,
@@ -122,10 +123,10 @@ def advanced_plateau(
     positive weight norms, (last - first) / 3 > ``weight_norm_threshold``; the loss rose since the
     row before and the mean of the last two gradient norms is above ``grad_norm_threshold / 2``.
 
-    The warm-up follows the step count, observed or not. The cuts multiply the base value, so a
-    base schedule keeps its shape, and every group's form of a rate is cut with it. ``min_lr`` is a
-    floor on the cuts alone. Where the optimizer has no weight decay, the norms are neither needed
-    nor measured.
+    The warm-up follows the step count, observed or not, also where the loss did not arrive. The
+    cuts multiply the base value, so a base schedule keeps its shape, and every group's form of a
+    rate is cut with it. ``min_lr`` is a floor on the cuts alone. Where the optimizer has no weight
+    decay, the norms are neither needed nor measured.
 
     Metrics: ``value`` (the loss), ``grad_norm`` and ``param_norm``, all scalars.
 
@@ -281,7 +282,8 @@ def advanced_plateau(
         # The warm-up moves on the steps in between as well, else it could end short of the rate.
         step = read_step("advanced_plateau", metrics)
         between = state._replace(warmup=warmup_share(step, warmup_steps))
-        return select(is_due(step, frequency), held(state, metrics), between)
+        arrived = read_arrival("advanced_plateau", metrics, needs(metrics))
+        return select(is_due(step, frequency) & arrived, held(state, metrics), between)
 
     def apply(state: AdvancedPlateauState, hyperparams: Mapping[str, Any]) -> Hyperparams:
         out = copy_for_plateau("advanced_plateau", hyperparams, controls_decay=True)

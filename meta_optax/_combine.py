@@ -17,8 +17,10 @@ from meta_optax._core import (
     State,
     group_name,
     observe_every,
+    observe_where,
     protect,
 )
+from meta_optax._counts import add_counts
 
 
 class ChainState(NamedTuple):
@@ -29,7 +31,7 @@ class ChainState(NamedTuple):
     @property
     def nonfinite_count(self) -> Int[Array, ""]:
         """How often a needed metric was not finite, summed over the strategies."""
-        return jnp.stack([state.nonfinite_count for state in self.states]).sum(dtype=jnp.int32)
+        return add_counts(*(state.nonfinite_count for state in self.states))
 
 
 def chain(*meta_optimizers: MetaOptimizer) -> MetaOptimizer:
@@ -86,23 +88,32 @@ def chain(*meta_optimizers: MetaOptimizer) -> MetaOptimizer:
     return MetaOptimizer(name, init, observe, apply, needed)
 
 
-def every(n: Scalar, meta_optimizer: MetaOptimizer) -> MetaOptimizer:
-    r"""Shows a strategy the metrics of every n-th step only.
+def every(n: Scalar | str, meta_optimizer: MetaOptimizer) -> MetaOptimizer:
+    r"""Shows a strategy the metrics of every n-th step only, or of the steps that a signal names.
 
     .. math:: s_{t+1} = \text{observe}(s_t, m_t) \text{ if } t \bmod n = 0 \text{ else } s_t
 
     In between, the state stays and nothing non-finite is seen or counted. A warm-up inside then
     moves in strides of n; the strategy's own ``update_frequency`` keeps it smooth.
 
+    With ``every("is_validation", m)`` the steps are those at which the extra argument
+    ``is_validation`` is true, a boolean scalar: ``tx.update(grads, state, params,
+    value=validation_loss, is_validation=is_new)``. Elsewhere the metrics may be anything. All
+    strategies of a chain read the same ``value``; the documentation of loops shows how one of them
+    reads a metric of another name.
+
     Args:
-      n: the period in steps, an integer of at least 1; clipped to that where traced.
+      n: the period in steps, an integer of at least 1; clipped to that where traced. Or the name of
+        a boolean extra argument.
       meta_optimizer: the strategy.
 
     Returns:
       A `MetaOptimizer`.
 
     Raises:
-      ValueError: if ``n`` is below 1.
+      ValueError: if ``n`` is below 1, or a string that no argument can be called.
+      TypeError: from ``observe``, while tracing, if the signal was not passed, or is no boolean
+        scalar.
 
     Example:
       >>> import jax.numpy as jnp, meta_optax as mo
@@ -112,11 +123,14 @@ def every(n: Scalar, meta_optimizer: MetaOptimizer) -> MetaOptimizer:
       >>> print(meta.apply(state, {"learning_rate": 1.0})["gate_learning_rate"])
       0.1
     """
-    period = _checks.integer("n", n, low=1)
     meta = protect(meta_optimizer, "every")
-    return meta._replace(
-        name=f"every({n}, {meta.name})", observe=observe_every(meta.name, period, meta.observe)
-    )
+    name = f"every({n!r}, {meta.name})"
+    if isinstance(n, str):
+        if not n.isidentifier():
+            raise ValueError(f"n must be a period, or the name of an extra argument, got {n!r}.")
+        return meta._replace(name=name, observe=observe_where(name, n, meta.observe))
+    period = _checks.integer("n", n, low=1)
+    return meta._replace(name=name, observe=observe_every(meta.name, period, meta.observe))
 
 
 def log_only(meta_optimizer: MetaOptimizer) -> MetaOptimizer:

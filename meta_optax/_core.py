@@ -1,16 +1,17 @@
 """The core type, `MetaOptimizer`, and what every strategy shares."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
-from meta_optax._devices import check_same_everywhere, replicate
+from meta_optax._devices import FLAG, check_same_everywhere, replicate
 
 State = Any
 Metrics = Mapping[str, Any]
@@ -78,7 +79,10 @@ class MetaOptimizer(_MetaOptimizerFields):
       observe: ``observe(state, metrics) -> state``: one transition. ``metrics`` maps names to
         arrays: what the caller passed to ``update``, ``step`` (int32, updates made before this
         one), ``grad_norm`` and ``param_norm`` where named in ``metrics``, every current
-        hyperparameter under its own name and every base value under ``base_`` and its name.
+        hyperparameter under its own name and every base value under ``base_`` and its name. The
+        caller may pass any metric as a pair ``(value, flag)`` with a boolean scalar: where the
+        flag of one named in ``metrics`` is false, it did not arrive at that step, and the state
+        stays as it was; the value may be anything then.
       apply: ``apply(state, hyperparams) -> hyperparams``: a pure function of the state and the
         base values. It may add keys, and leaves those that it does not control as they are.
       metrics: the names of the metrics that ``observe`` needs.
@@ -127,8 +131,54 @@ class MetaOptimizer(_MetaOptimizerFields):
         return super().__new__(cls, name, init, observe, apply, tuple(metrics))
 
 
+def split_pair(strategy: str, name: str, metric: Any) -> tuple[Any, Bool[Array, ""]]:
+    """A metric's value, and whether it arrived: the flag of a pair ``(value, flag)``, else true.
+
+    Raises:
+      TypeError: if the flag of a pair is no boolean scalar.
+    """
+    if not is_pair(metric):
+        return metric, jnp.array(True)
+    value, flag = metric
+    if not is_boolean_scalar(flag):
+        raise TypeError(
+            f"{strategy} got the metric {name!r} as a pair whose flag is {describe_kind(flag)}. "
+            f"Write {name}=(value, flag) with a boolean scalar, true where the value is new; an "
+            f"array of two numbers is {name}=jnp.array([...])."
+        )
+    return value, jnp.asarray(flag)
+
+
+def is_pair(metric: Any) -> bool:
+    """Whether a metric was passed as a value and a flag."""
+    return isinstance(metric, tuple) and len(metric) == 2
+
+
+def is_boolean_scalar(value: Any) -> bool:
+    """Whether it is true or false, traced or not."""
+    is_bool = isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == jnp.bool_
+    return is_bool and jnp.ndim(value) == 0
+
+
+def describe_kind(value: Any) -> str:
+    """What a value is, for an error: its dtype and shape, else its type."""
+    if hasattr(value, "dtype"):
+        return f"{value.dtype} of shape {value.shape}"
+    return f"of type {type(value).__name__}"
+
+
+def read_arrival(strategy: str, metrics: Metrics, names: Iterable[str]) -> Bool[Array, ""]:
+    """Whether all of the metrics arrived at this step; those that were not passed count as so."""
+    arrived = jnp.array(True)
+    for name in names:
+        arrived &= split_pair(strategy, name, metrics.get(name))[1]
+    return arrived
+
+
 def read_metric(strategy: str, metrics: Metrics, name: str, shape: Shape) -> Array:
     """The metric ``name`` as float32, whole on all devices, of the shape asked for if any is.
+
+    Of a pair it is the value, which means nothing unless `read_arrival` is true.
 
     Raises:
       TypeError: if it was not passed or is not numeric; the message says what call to write.
@@ -140,10 +190,11 @@ def read_metric(strategy: str, metrics: Metrics, name: str, shape: Shape) -> Arr
         if name == "param_norm":
             cause += " and cannot be measured without params: pass those to update, or the norm"
         raise TypeError(f"{strategy} needs the metric {name!r}, which {cause}. Write {call}.")
+    metric, _ = split_pair(strategy, name, metrics[name])
     try:
-        value = replicate(jnp.asarray(metrics[name]).astype(jnp.float32))
+        value = replicate(jnp.asarray(metric).astype(jnp.float32))
     except (TypeError, ValueError) as error:
-        given = type(metrics[name]).__name__
+        given = type(metric).__name__
         raise TypeError(
             f"{strategy} needs the metric {name!r} as an array, got {given}. Write {call}."
         ) from error
@@ -185,7 +236,8 @@ def hold_nonfinite(
     """Makes ``observe`` leave the state as it was when a needed metric is not finite.
 
     The wrapped function finds the metrics it needs checked, in float32; the others are passed on.
-    What was held is counted in ``state.nonfinite_count``, which saturates.
+    What was held is counted in ``state.nonfinite_count``, which saturates. Where a needed metric
+    did not arrive, the state stays too, and nothing is counted.
 
     Args:
       strategy: the strategy's name, for the errors.
@@ -199,15 +251,17 @@ def hold_nonfinite(
 
     def observe_fn(state: State, metrics: Metrics) -> State:
         needed = {k: read_metric(strategy, metrics, k, n) for k, n in needs(metrics).items()}
-        check_same_everywhere(strategy, needed, state)
+        arrived = read_arrival(strategy, metrics, needed)
+        check_same_everywhere(strategy, {**needed, FLAG: arrived}, state)
         finite = jnp.array(True)
         for value in needed.values():
             finite &= jnp.all(jnp.isfinite(value))
         if accepts is not None:
             finite &= accepts(state, needed)
-        held = select(finite, observe(state, {**metrics, **needed}), state)
+        held = select(finite & arrived, observe(state, {**metrics, **needed}), state)
         count = state.nonfinite_count
-        return held._replace(nonfinite_count=jnp.where(finite, count, optax.safe_increment(count)))
+        counts = arrived & ~finite
+        return held._replace(nonfinite_count=jnp.where(counts, optax.safe_increment(count), count))
 
     return observe_fn
 
@@ -272,6 +326,24 @@ def observe_every(strategy: str, frequency: ArrayLike, observe: ObserveFn) -> Ob
 
     # Step numbers need not be there for a strategy that looks at every one.
     return observe if isinstance(frequency, int) and frequency == 1 else observe_fn
+
+
+def observe_where(strategy: str, signal: str, observe: ObserveFn) -> ObserveFn:
+    """Shows ``observe`` the metrics of those steps where the signal is true."""
+
+    def observe_fn(state: State, metrics: Metrics) -> State:
+        call = f"Write tx.update(grads, state, params, {signal}={signal}) with a boolean scalar."
+        if signal not in metrics:
+            raise TypeError(f"{strategy} needs the signal {signal!r}, which was not passed. {call}")
+        flag = metrics[signal]
+        if not is_boolean_scalar(flag):
+            raise TypeError(
+                f"{strategy} needs the signal {signal!r} as true or false, but it is "
+                f"{describe_kind(flag)}. {call}"
+            )
+        return select(jnp.asarray(flag), observe(state, metrics), state)
+
+    return observe_fn
 
 
 def rules_of(

@@ -7,11 +7,14 @@ import jax
 from jax.core import Tracer
 from jaxtyping import Array
 
+# What stands for the flags of metrics that were passed as pairs.
+FLAG = "flag"
 # What to write for a metric that each device has measured for itself.
 _HOW_TO_SHARE = {
     "grad_norm": "Update by gradients that are the same on all devices, jax.lax.pmean(grads, ...), "
     "or pass the norm over all of them as grad_norm.",
     "param_norm": "Pass the norm over all devices as param_norm.",
+    FLAG: "Let a metric that is passed as (value, flag) arrive on all devices or on none.",
 }
 
 

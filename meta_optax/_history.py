@@ -73,7 +73,7 @@ def average_rows(
         return state, value, jnp.array(True)
     if isinstance(smoothing, float):
         average = smooth(state.average, value, state.count, smoothing)
-        count = jnp.minimum(state.count + 1, 1)
+        count = jnp.ones_like(state.count)
         return Smoothed(average, count), average, jnp.array(True)
     count = jnp.where(state.count >= smoothing, 0, state.count) + 1
     # A mean that is updated does not overflow where a sum would.

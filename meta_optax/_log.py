@@ -23,7 +23,9 @@ from meta_optax._core import (
     plain_name,
     protect,
     read_step,
+    split_pair,
 )
+from meta_optax._counts import keep_room
 from meta_optax._devices import replicate
 
 # Texts are kept as bytes beside the numbers, so that a log can be read without the strategies.
@@ -34,7 +36,7 @@ _ROUNDING = 1e-6
 
 
 class DecisionLog(NamedTuple):
-    """A ring of the last decisions; ``count`` is how many were ever made."""
+    """A ring of the last decisions; ``count`` is how many were ever made, while int32 holds it."""
 
     kept_on_reset = ("count", "step", "old", "new", "value", "hyperparam", "reason", "metric")
 
@@ -203,7 +205,7 @@ def _candidate(
     unknown = Rules(index=jnp.zeros([], jnp.int32), texts=(meta.name,), metrics=("",))
     rule = next((rules[key] for key in names if key in rules), unknown)
     shown = [_shown_name(name, meta.metrics) for name in rule.metrics]
-    values = [_scalar_of(metrics.get(name), rule.layer) for name in shown]
+    values = [_scalar_of(meta.name, name, metrics.get(name), rule.layer) for name in shown]
 
     def text(texts: Iterable[str]) -> UInt8[Array, " text_bytes"]:
         return jnp.asarray(np.stack([_encode(text, _TEXT_BYTES) for text in texts]))[rule.index]
@@ -225,9 +227,14 @@ def _shown_name(metric: str, needed: tuple[str, ...]) -> str:
     return normalized if metric not in needed and normalized in needed else metric
 
 
-def _scalar_of(metric: Any, layer: int | None) -> Float[Array, ""]:
-    """A metric's value for the log: the layer's own where there is one, NaN for other arrays."""
+def _scalar_of(strategy: str, name: str, metric: Any, layer: int | None) -> Float[Array, ""]:
+    """A metric's value for the log: the layer's own where there is one, NaN for other arrays.
+
+    It is NaN, too, where the metric did not arrive.
+    """
+    metric, arrived = split_pair(strategy, name, metric)
     value = replicate(jnp.asarray(jnp.nan if metric is None else metric).astype(jnp.float32))
+    value = jnp.where(arrived, value, jnp.nan)
     if layer is not None and value.ndim == 1:
         value = value[layer]
     return value if value.ndim == 0 else jnp.full([], jnp.nan, jnp.float32)
@@ -238,6 +245,7 @@ def _record(log: DecisionLog, step: Int[Array, ""], candidates: list[_Candidate]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *candidates)
     changed = _differ(stacked.old, stacked.new)
     capacity = log.step.shape[0]
+    log = log._replace(count=keep_room(log.count, len(candidates), capacity))
     position = log.count + jnp.cumsum(changed, dtype=jnp.int32) - 1
     total = log.count + jnp.sum(changed, dtype=jnp.int32)
     # More decisions in one step than the ring holds would fall on one another: keep the last.

@@ -9,13 +9,19 @@ from jax.core import Tracer
 
 from meta_optax._control import LAYOUT_VERSION
 from meta_optax._inject import InjectMetaHyperparamsState
+from meta_optax._multi_steps import MetaMultiStepsState
 from meta_optax._scale import ScaleByMetaState
 from meta_optax._schedule import MetaScheduleState
 from meta_optax._spikes import SkipSpikesState
 from meta_optax.moe._balance import BalanceRouterBiasState
 
 _STRATEGY_STATES = (InjectMetaHyperparamsState, ScaleByMetaState, MetaScheduleState)
-_OWN_STATES = (*_STRATEGY_STATES, SkipSpikesState, BalanceRouterBiasState)
+_OWN_STATES = (
+    *_STRATEGY_STATES,
+    SkipSpikesState,
+    BalanceRouterBiasState,
+    MetaMultiStepsState,
+)
 
 
 def read_hyperparams(opt_state: Any) -> dict[str, float]:

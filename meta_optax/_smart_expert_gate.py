@@ -188,7 +188,7 @@ def smart_expert_gate(
 
     def observe(state: SmartExpertGateState, metrics: Metrics) -> SmartExpertGateState:
         sparsities = push(state.sparsities, metrics[sparsity_name])
-        usage_count = jnp.minimum(state.usage_count + 1, 2)
+        usage_count = jnp.minimum(state.usage_count, 1) + 1
         new = state._replace(
             sparsities=sparsities,
             num_experts=jnp.full([], metrics[usage_name].shape[-1], jnp.int32),

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_optax import _checks
@@ -18,23 +17,15 @@ from meta_optax._core import (
     Metrics,
     State,
     protect,
+    read_arrival,
     read_metric,
     select,
 )
-from meta_optax._devices import check_same_everywhere, place_like
-from meta_optax._history import Window, clear_where, empty_window, push, stands_out
+from meta_optax._counts import add_counts
+from meta_optax._devices import FLAG, check_same_everywhere, place_like
+from meta_optax._spike_watch import SpikeWatch, all_of, count_if, judge, spike_rule, start_watch
 
 _JUDGED = ("value", "grad_norm")
-_SHORTEST_WINDOW = 8
-
-
-class SpikeWatch(NamedTuple):
-    """What is known of the judged metrics; ``streak`` is how many spikes came in a row."""
-
-    kept_on_reset = ("windows", "streak")
-
-    windows: dict[str, Window]
-    streak: Int[Array, ""]
 
 
 class HoldSpikesState(NamedTuple):
@@ -48,7 +39,7 @@ class HoldSpikesState(NamedTuple):
     @property
     def nonfinite_count(self) -> Int[Array, ""]:
         """How often a needed metric was not finite, hidden here or held by the strategy."""
-        return self.own_nonfinite_count + self.inner.nonfinite_count
+        return add_counts(self.own_nonfinite_count, self.inner.nonfinite_count)
 
 
 class SkipSpikesState(NamedTuple):
@@ -77,22 +68,6 @@ class SkipSpikesState(NamedTuple):
         return self.inner_state.hyperparams
 
 
-class _Rule(NamedTuple):
-    """When a value is a spike, and for how long."""
-
-    window: int
-    threshold: ArrayLike
-    max_consecutive: ArrayLike
-    both_sides: tuple[str, ...]
-
-
-class _Verdict(NamedTuple):
-    """What becomes of a step: neither where something was not finite."""
-
-    is_accepted: Bool[Array, ""]
-    is_spike: Bool[Array, ""]
-
-
 def hold_spikes(
     meta_optimizer: MetaOptimizer,
     *,
@@ -117,7 +92,8 @@ def hold_spikes(
     Neither spikes nor what is not finite enter the windows. Before a window holds half of what it
     can, and at least 8 values, no finite value is a spike. After ``max_consecutive`` finite spikes
     in a row the next one is taken for the new normal: it is shown, and the windows start afresh
-    from it. A step between them that is not finite neither counts nor ends the row.
+    from it. A step between them that is not finite neither counts nor ends the row. A metric that
+    did not arrive (of a pair whose flag is false) is not judged, and such a step ends no row.
 
     Metrics: those of the strategy, of which ``value`` and ``grad_norm`` are judged; ``grad_norm``
     only where it is there.
@@ -152,7 +128,7 @@ def hold_spikes(
       Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993: the modified z-score.
     """
     meta = protect(meta_optimizer, "hold_spikes")
-    rule = _rule(window, threshold, max_consecutive, both_sides=("value",))
+    rule = spike_rule(window, threshold, max_consecutive, both_sides=("value",))
     judged = tuple(name for name in _JUDGED if name in meta.metrics)
     name = f"hold_spikes({meta.name})"
     if not judged:
@@ -165,7 +141,7 @@ def hold_spikes(
         return HoldSpikesState(
             spike_count=jnp.zeros([], jnp.int32),
             own_nonfinite_count=jnp.zeros([], jnp.int32),
-            watch=_start(rule, judged),
+            watch=start_watch(rule, judged),
             inner=meta.init(),
         )
 
@@ -173,13 +149,16 @@ def hold_spikes(
         # A norm is there only where something measured it: the strategy may not need it.
         shown = [metric for metric in judged if metric == "value" or metric in metrics]
         values = {metric: read_metric(name, metrics, metric, 0) for metric in shown}
-        check_same_everywhere(name, values, state)
-        finite = jnp.isfinite(jnp.stack(list(values.values()))).all()
-        watch, verdict = _judge(rule, state.watch, values, finite)
+        arrived = {metric: read_arrival(name, metrics, [metric]) for metric in shown}
+        check_same_everywhere(name, {**values, FLAG: all_of(arrived)}, state)
+        finite = jnp.array(True)
+        for metric, value in values.items():
+            finite &= jnp.isfinite(value) | ~arrived[metric]
+        watch, verdict = judge(rule, state.watch, values, finite, arrived)
         inner = select(verdict.is_accepted, meta.observe(state.inner, metrics), state.inner)
         return HoldSpikesState(
-            spike_count=_count(state.spike_count, verdict.is_spike),
-            own_nonfinite_count=_count(state.own_nonfinite_count, ~finite),
+            spike_count=count_if(state.spike_count, verdict.is_spike),
+            own_nonfinite_count=count_if(state.own_nonfinite_count, ~finite),
             watch=watch,
             inner=inner,
         )
@@ -222,7 +201,8 @@ def skip_spikes(
     windows; it stays so until a loss is finite. Unlike with `optax.apply_if_finite`, gradients that
     are not finite, or whose norm is not, are never let through, however many there are in a row:
     they would destroy the params. A step of the one kind between steps of the other neither counts
-    nor ends their row.
+    nor ends their row. Nor does a step where the loss did not arrive (of a pair whose flag is
+    false), which is judged by its gradients alone.
 
     Goes around the whole optimizer, clips and `inject_meta_hyperparams` included: a strategy
     inside sees no dropped step, and the norm before any clip.
@@ -268,7 +248,7 @@ def skip_spikes(
         hint = f": did you mean {name}(...)?" if name else "."
         raise TypeError(f"skip_spikes needs an optax.GradientTransformation, got {inner!r}{hint}")
     sign = _checks.sign_of_mode(mode)
-    rule = _rule(window, threshold, max_consecutive, both_sides=())
+    rule = spike_rule(window, threshold, max_consecutive, both_sides=())
     optimizer = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> SkipSpikesState:
@@ -277,7 +257,7 @@ def skip_spikes(
             skipped_count=jnp.zeros([], jnp.int32),
             nonfinite_count=jnp.zeros([], jnp.int32),
             nonfinite_streak=jnp.zeros([], jnp.int32),
-            watch=_start(rule, _JUDGED),
+            watch=start_watch(rule, _JUDGED),
             inner_state=optimizer.init(params),
         )
         return place_like(state, params)
@@ -288,16 +268,18 @@ def skip_spikes(
         loss = read_metric("skip_spikes", extra_args, "value", 0)
         norm, usable = _norm_and_check(updates, extra_args)
         values = {"value": sign * loss, "grad_norm": norm}
-        check_same_everywhere("skip_spikes", values, state.watch)
-        finite = usable & jnp.isfinite(loss)
-        watch, verdict = _judge(rule, state.watch, values, finite)
-        without_loss = usable & ~jnp.isfinite(loss)
+        arrived = {name: read_arrival("skip_spikes", extra_args, [name]) for name in values}
+        check_same_everywhere("skip_spikes", {**values, FLAG: all_of(arrived)}, state.watch)
+        is_lost = arrived["value"] & ~jnp.isfinite(loss)
+        finite = usable & ~is_lost
+        watch, verdict = judge(rule, state.watch, values, finite, arrived)
+        without_loss = usable & is_lost
         gives_up = without_loss & (state.nonfinite_streak >= rule.max_consecutive)
         taken = verdict.is_accepted | gives_up
-        streak = _count(state.nonfinite_streak, without_loss)
+        streak = count_if(state.nonfinite_streak, without_loss)
 
         def take() -> tuple[Any, Any]:
-            metrics = {**extra_args, "grad_norm": norm}
+            metrics = {"grad_norm": norm, **extra_args}
             new_updates, inner_state = optimizer.update(
                 updates, state.inner_state, params, **metrics
             )
@@ -309,63 +291,14 @@ def skip_spikes(
 
         new_updates, inner_state = jax.lax.cond(taken, take, drop)
         return new_updates, state._replace(
-            skipped_count=_count(state.skipped_count, ~taken),
-            nonfinite_count=_count(state.nonfinite_count, ~taken & ~finite),
-            nonfinite_streak=jnp.where(verdict.is_accepted, 0, streak),
+            skipped_count=count_if(state.skipped_count, ~taken),
+            nonfinite_count=count_if(state.nonfinite_count, ~taken & ~finite),
+            nonfinite_streak=jnp.where(verdict.is_accepted & arrived["value"], 0, streak),
             watch=watch,
             inner_state=inner_state,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _rule(
-    window: Any, threshold: Any, max_consecutive: Any, *, both_sides: tuple[str, ...]
-) -> _Rule:
-    """The arguments, checked."""
-    return _Rule(
-        window=_checks.size("window", window, low=_SHORTEST_WINDOW),
-        threshold=_checks.real("threshold", threshold, open_low=True),
-        max_consecutive=_checks.integer("max_consecutive", max_consecutive, low=1),
-        both_sides=both_sides,
-    )
-
-
-def _start(rule: _Rule, names: tuple[str, ...]) -> SpikeWatch:
-    return SpikeWatch(
-        windows={name: empty_window(rule.window) for name in names},
-        streak=jnp.zeros([], jnp.int32),
-    )
-
-
-def _judge(
-    rule: _Rule, watch: SpikeWatch, values: Mapping[str, Array], finite: Bool[Array, ""]
-) -> tuple[SpikeWatch, _Verdict]:
-    """Judges the values of a step, and learns them if they are accepted."""
-    stands_out_at_all = jnp.array(False)
-    for name, value in values.items():
-        window = watch.windows[name]
-        enough = window.count >= max(rule.window // 2, _SHORTEST_WINDOW)
-        stands_out_at_all |= enough & stands_out(
-            window, value, rule.threshold, both_sides=name in rule.both_sides
-        )
-    suspect = finite & stands_out_at_all
-    is_new_normal = suspect & (watch.streak >= rule.max_consecutive)
-    verdict = _Verdict(
-        is_accepted=finite & (~suspect | is_new_normal), is_spike=suspect & ~is_new_normal
-    )
-    learned = {
-        name: select(
-            verdict.is_accepted,
-            push(clear_where(is_new_normal, watch.windows[name]), value),
-            watch.windows[name],
-        )
-        for name, value in values.items()
-    }
-    streak = _count(watch.streak, verdict.is_spike)
-    return SpikeWatch(
-        windows={**watch.windows, **learned}, streak=jnp.where(verdict.is_accepted, 0, streak)
-    ), verdict
 
 
 def _norm_and_check(grads: Any, extra_args: Metrics) -> tuple[Float[Array, ""], Bool[Array, ""]]:
@@ -374,10 +307,6 @@ def _norm_and_check(grads: Any, extra_args: Metrics) -> tuple[Float[Array, ""], 
     norm = measured
     if "grad_norm" in extra_args:
         norm = read_metric("skip_spikes", extra_args, "grad_norm", 0)
+    unusable = read_arrival("skip_spikes", extra_args, ["grad_norm"]) & ~jnp.isfinite(norm)
     # The sum of squares is finite only if each of them is, and costs less than testing each.
-    return norm, jnp.isfinite(norm) & jnp.isfinite(measured)
-
-
-def _count(count: Int[Array, ""], happened: Bool[Array, ""]) -> Int[Array, ""]:
-    """One more where something happened, saturating."""
-    return jnp.where(happened, optax.safe_increment(count), count)
+    return norm, jnp.isfinite(measured) & ~unusable

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from meta_optax._counts import keep_room
 from meta_optax._history import MAD_TO_DEVIATION
 
 # Blocks kept of each size: twice the longest span.
@@ -115,7 +115,8 @@ def advance_trend(state: TrendState, value: Float[Array, ""]) -> TrendState:
     run = jnp.where(jnp.sign(state.outliers) == side, state.outliers + is_new, side)
     is_new_level = jnp.abs(run) >= _NEW_LEVEL
     value_kept = jnp.where(is_new_level, value, drawn)
-    before = jnp.where(is_new_level, 0, state.count)
+    largest = 2 ** (len(state.partial) - 1)
+    before = keep_room(jnp.where(is_new_level, 0, state.count), 1, largest)
     sizes = jnp.asarray(2 ** np.arange(len(state.partial)), jnp.int32)
     # A mean that is updated does not overflow where a sum would.
     place = before % sizes
@@ -125,11 +126,11 @@ def advance_trend(state: TrendState, value: Float[Array, ""]) -> TrendState:
     pushed = jnp.concatenate([state.means[:, 1:], partial[:, None]], axis=1)
     return TrendState(
         recent=jnp.concatenate([state.recent[1:], value[None]]),
-        recent_count=jnp.minimum(state.recent_count + 1, _RECENT),
+        recent_count=jnp.minimum(state.recent_count, _RECENT - 1) + 1,
         outliers=jnp.where(is_new_level, 0, run),
         means=jnp.where(is_whole[:, None], pushed, state.means),
         partial=partial,
-        count=jnp.asarray(optax.safe_increment(before)),
+        count=before + 1,
     )
 
 

@@ -116,6 +116,10 @@ STRATEGIES = {
     "every": Strategy(
         lambda: mo.every(3, mo.plateau()), lambda: mo.every(2, mo.plateau(patience=1))
     ),
+    "every[signal]": Strategy(
+        lambda: mo.every("is_validation", mo.plateau()),
+        lambda: mo.every("is_validation", mo.plateau(patience=1)),
+    ),
     "bounded": Strategy(
         lambda: mo.bounded(mo.plateau(), learning_rate=(1e-4, 1.0)),
         lambda: mo.bounded(mo.plateau(patience=1), learning_rate=(1e-4, 1.0)),
@@ -179,6 +183,13 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] 
     ),
     "moe_partition": lambda: mo.moe_partition(optax.adamw, LABELS)(0.1),
     "skip_spikes": lambda: mo.skip_spikes(optax.adamw(0.1), window=8, max_consecutive=1),
+    "multi_steps": lambda: mo.multi_steps(injected(STRATEGIES["plateau"]), 2, metrics=SHAPES),
+    "multi_steps[skip]": lambda: mo.multi_steps(
+        optax.chain(optax.clip(1.0), injected(STRATEGIES["smart_expert_gate"])),
+        1,
+        metrics=SHAPES,
+        should_skip_update_fn=optax.skip_not_finite,
+    ),
     "skip_spikes[inject]": lambda: mo.skip_spikes(injected(STRATEGIES["plateau"]), window=8),
 }
 
@@ -208,6 +219,7 @@ def row(step: int = 0, *, value: float = 1.0) -> dict[str, Any]:
         "value": jnp.float32(value),
         "grad_norm": jnp.float32(12.0 if step % 3 == 0 else 1.0),
         "param_norm": jnp.float32(1.0 + step),
+        "is_validation": jnp.array(step % 2 == 0),
         **load,
         **{f"{name}_per_layer": jnp.stack([x] * LAYERS) for name, x in load.items()},
     }

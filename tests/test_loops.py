@@ -1,7 +1,10 @@
-"""The loops and models of the how-to."""
+"""The loops and models of the how-to and of the page of loops."""
 
 import functools
+import pathlib
+import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,175 @@ import pytest
 from table import params
 
 import meta_optax as mo
+
+PAGE = (pathlib.Path(__file__).parent.parent / "docs/loops.md").read_text()
+SECTIONS = {
+    title: re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    for title, text in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+}
+
+
+def _batches(count=240, size=8):
+    """Noisy lines, so that a plateau of minibatches' losses cuts."""
+    rng = np.random.default_rng(0)
+    inputs = rng.uniform(-1.0, 1.0, [count, size, 1])
+    targets = 2.0 * inputs + 0.5 + 0.3 * rng.standard_normal(inputs.shape)
+    return [
+        (jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
+        for x, y in zip(inputs, targets, strict=True)
+    ]
+
+
+def _line_loss(p, batch):
+    inputs, targets = batch
+    return jnp.mean((p["w"] * inputs + p["b"] - targets) ** 2)
+
+
+def _scope():
+    """What the page says is given."""
+    return {
+        "jax": jax,
+        "jnp": jnp,
+        "mo": mo,
+        "optax": optax,
+        "loss_fn": _line_loss,
+        "params": {"w": jnp.zeros([]), "b": jnp.zeros([])},
+        "batches": _batches(),
+        "validation_batch": _batches(1, 64)[0],
+    }
+
+
+def _run(block, scope):
+    exec(compile(block, "docs/loops.md", "exec"), scope)
+    return scope
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "A jitted step",
+        "Micro-batches",
+        "Flax NNX",
+        "Flax Linen",
+        "Equinox",
+        "Steps that are not finite",
+        "Some of the params",
+        "Steps under `lax.scan`",
+        "Many runs under `vmap`",
+    ],
+)
+def test_a_loop_of_the_page_runs_as_printed(title):
+    """Each has one block, and its plateau cuts what it was given."""
+    scope = _scope()
+    if title == "Flax NNX":
+        scope["nnx"] = pytest.importorskip("flax.nnx", exc_type=Exception)
+    if title == "Flax Linen":
+        scope["nn"] = pytest.importorskip("flax.linen", exc_type=Exception)
+    if title == "Equinox":
+        scope["eqx"] = pytest.importorskip("equinox", exc_type=Exception)
+    (block,) = SECTIONS[title]
+    _run(block, scope)
+    assert 0 < mo.read_hyperparams(scope["opt_state"])["learning_rate"] < 0.1
+    if title == "Some of the params":
+        assert float(scope["params"]["b"]) == 0.0
+        assert float(scope["params"]["w"]) > 0.5
+    if title == "Steps under `lax.scan`":
+        assert scope["decisions"]
+    if title == "Many runs under `vmap`":
+        one, other = (jax.tree.map(lambda x, i=i: x[i], scope["many_states"]) for i in (0, 1))
+        assert mo.read_hyperparams(one) != mo.read_hyperparams(other)
+
+
+def test_every_section_of_the_page_is_run_by_a_test():
+    assert len(SECTIONS) == 10
+    assert sum(map(len, SECTIONS.values())) == 12
+
+
+def test_the_validation_loops_of_the_page_run_as_printed():
+    pair, signal, of_validation = SECTIONS["A validation loss every N steps"]
+    scope = _run(pair, _scope())
+    assert mo.read_hyperparams(scope["opt_state"])["learning_rate"] < 0.1
+    assert scope["step"]._cache_size() == 1
+    strategy = _run(signal, _scope())["strategy"]
+    assert strategy.name == "chain(every('is_validation', plateau), adapt_aux_loss)"
+    # The third is stepped as the first is.
+    loop = pair[pair.index("evaluate = ") :]
+    scope = _run(of_validation + loop, _scope())
+    assert {d.reason for d in mo.read_decisions(scope["opt_state"])} >= {"plateau: patience"}
+    assert scope["step"]._cache_size() == 1
+
+
+@pytest.mark.parametrize("shown", ["freeze behind", "selective_transform", "masked"])
+def test_what_is_frozen_stays_and_what_the_strategy_measures(shown):
+    """Only `freeze` behind the optimizer shows the norm of all gradients."""
+    seen = mo.MetaOptimizer(
+        name="norm",
+        init=lambda: jnp.zeros([], jnp.float32),
+        observe=lambda state, metrics: metrics["grad_norm"],
+        apply=lambda state, h: {**h, "learning_rate": 1.0 * h["learning_rate"]},
+        metrics=("grad_norm",),
+    )
+    inner = mo.inject_meta_hyperparams(optax.adamw, seen)(learning_rate=0.1, weight_decay=0.5)
+    frozen = {"w": False, "b": True}
+    tx = {
+        "freeze behind": optax.chain(inner, optax.transforms.freeze(frozen)),
+        "selective_transform": optax.transforms.selective_transform(inner, freeze_mask=frozen),
+        "masked": optax.masked(inner, {"w": True, "b": False}),
+    }[shown]
+    p = {"w": jnp.ones([]), "b": jnp.ones([])}
+    grads = {"w": jnp.float32(3.0), "b": jnp.float32(4.0)}
+    updates, state = jax.jit(tx.update)(grads, tx.init(p), p, value=1.0)
+    assert float(updates["b"]) == (4.0 if shown == "masked" else 0.0)
+    assert float(updates["w"]) != 0
+    (norm,) = [
+        float(leaf.meta_state.inner)
+        for leaf in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "meta_state"))
+        if hasattr(leaf, "meta_state")
+    ]
+    assert norm == (5.0 if shown == "freeze behind" else 3.0)
+
+
+def test_freeze_in_front_lets_weight_decay_through():
+    """What the page warns of."""
+    inner = mo.inject_meta_hyperparams(optax.adamw, mo.plateau())(0.1, weight_decay=0.5)
+    tx = optax.chain(optax.transforms.freeze({"w": False, "b": True}), inner)
+    p = {"w": jnp.ones([]), "b": jnp.ones([])}
+    updates, _ = tx.update(p, tx.init(p), p, value=1.0)
+    assert float(updates["b"]) != 0
+
+
+def test_apply_if_finite_drops_the_strategys_part_of_a_step():
+    inner = mo.inject_meta_hyperparams(optax.adamw, mo.plateau())(0.1)
+    tx = optax.apply_if_finite(inner, max_consecutive_errors=5)
+    p = jnp.ones(2)
+    state = tx.init(p)
+    _, dropped = tx.update(jnp.nan * p, state, p, value=1.0)
+    assert int(dropped.inner_state.count) == 0
+    _, state = tx.update(p, state, p, value=jnp.nan)
+    assert (int(state.inner_state.count), int(state.inner_state.nonfinite_count)) == (1, 1)
+
+
+def test_equinox_partition_is_the_same_as_filter():
+    eqx = pytest.importorskip("equinox", exc_type=Exception)
+    model = eqx.nn.MLP(1, 1, 4, 1, key=jax.random.key(0))
+    tx = mo.inject_meta_hyperparams(optax.adamw, mo.plateau(patience=1))(learning_rate=0.1)
+    p, static = eqx.partition(model, eqx.is_inexact_array)
+    state = tx.init(p)
+
+    @jax.jit
+    def step(p, state):
+        def loss_fn(p):
+            return jnp.mean(jax.vmap(eqx.combine(p, static))(jnp.ones([3, 1])) ** 2)
+
+        grads = jax.grad(loss_fn)(p)
+        updates, state = tx.update(grads, state, p, value=1.0)
+        return eqx.apply_updates(p, updates), state
+
+    for _ in range(3):
+        p, state = step(p, state)
+    assert mo.read_hyperparams(state)["learning_rate"] == pytest.approx(0.025)
+    moments = optax.tree.get(state, "mu")
+    chex.assert_trees_all_equal_structs(moments, eqx.filter(model, eqx.is_inexact_array))
 
 
 def test_nnx_optimizer_forwards_the_metrics():

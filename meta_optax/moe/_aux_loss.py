@@ -148,7 +148,7 @@ def adapt_aux_loss(
         scale = jnp.clip(scale, low, high)
         rule = jnp.where(drops & violates, 2, jnp.where(violates, 1, jnp.where(drops, 0, 3)))
         return state._replace(
-            seen=jnp.minimum(state.seen + 1, 1),
+            seen=jnp.ones_like(state.seen),
             drop_fraction=drop,
             max_violation=violation,
             weight_scale=scale,

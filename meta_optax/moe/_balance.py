@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from meta_optax import _checks
 from meta_optax._checks import Scalar
 from meta_optax._control import layout_version
-from meta_optax._core import read_metric
-from meta_optax._devices import check_same_everywhere, place_like, reshard_like
+from meta_optax._core import read_arrival, read_metric
+from meta_optax._devices import FLAG, check_same_everywhere, place_like, reshard_like
 from meta_optax.moe._layers import LeafLayers, find_layers
 from meta_optax.moe._paths import Path, leaves_with_paths
 
@@ -26,6 +26,7 @@ class BalanceRouterBiasState(NamedTuple):
       layout_version: the version of this layout.
       count: the updates made, saturating; held ones too.
       nonfinite_count: how often the load or the rate was not finite, and nothing was done.
+        Nothing is done where the load did not arrive either, and nothing counted.
     """
 
     layout_version: Int[Array, ""]
@@ -105,12 +106,13 @@ def balance_router_bias(
         shapes = {path: leaf.shape for path, leaf in flat if hasattr(leaf, "shape")}
         if not shapes:
             return updates, state
-        usage = _read_usage(extra_args)
-        check_same_everywhere("balance_router_bias", {"expert_usage": usage}, state)
+        usage, arrived = _read_usage(extra_args)
+        shown = {"expert_usage": usage, FLAG: arrived}
+        check_same_everywhere("balance_router_bias", shown, state)
         rate = update_rate(state.count) if callable(update_rate) else update_rate
         steps = jnp.maximum(rate, 0.0) * _directions(usage, rule)
         is_finite = jnp.all(jnp.isfinite(usage)) & jnp.all(jnp.isfinite(steps))
-        steps = jnp.where(is_finite, steps, 0.0)
+        steps = jnp.where(is_finite & arrived, steps, 0.0)
         layers = _layers_of(shapes, usage.shape, layer_axis)
         moved = [
             _place(steps, layers[path], leaf) if path in layers else leaf for path, leaf in flat
@@ -118,19 +120,23 @@ def balance_router_bias(
         held = optax.safe_increment(state.nonfinite_count)
         return jax.tree.unflatten(treedef, moved), state._replace(
             count=optax.safe_increment(state.count),
-            nonfinite_count=jnp.where(is_finite, state.nonfinite_count, held),
+            nonfinite_count=jnp.where(is_finite | ~arrived, state.nonfinite_count, held),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _read_usage(extra_args: Any) -> Float[Array, "layers experts"]:
-    name = "expert_usage_per_layer"
-    if name in extra_args:
-        return read_metric("balance_router_bias", extra_args, name, (None, None))
-    if "expert_usage" not in extra_args:
-        read_metric("balance_router_bias", extra_args, name, None)
-    return read_metric("balance_router_bias", extra_args, "expert_usage", 1)[None]
+def _read_usage(
+    extra_args: Any,
+) -> tuple[Float[Array, "layers experts"], Bool[Array, ""]]:
+    """The load, and whether it arrived."""
+    caller, name = "balance_router_bias", "expert_usage_per_layer"
+    if name in extra_args or "expert_usage" not in extra_args:
+        usage = read_metric(caller, extra_args, name, (None, None))
+    else:
+        name = "expert_usage"
+        usage = read_metric(caller, extra_args, name, 1)[None]
+    return usage, read_arrival(caller, extra_args, [name])
 
 
 def _directions(usage: Float[Array, "layers experts"], rule: str) -> Float[Array, "layers experts"]:

@@ -208,7 +208,7 @@ def guard_collapse(
         cause = jnp.argmax(causes, axis=0).astype(jnp.int32)
         rule = jnp.where(begins, cause, jnp.where(ends, _RELEASED, state.rule))
         return GuardCollapseState(
-            seen=jnp.minimum(state.seen + 1, 1),
+            seen=jnp.ones_like(state.seen),
             load_entropy=load,
             dead_experts=dead,
             max_violation=violation,
