@@ -456,3 +456,19 @@ def test_a_state_is_made_where_it_belongs():
         state = jax.jit(tx.init, out_shardings=_shardings(template))(p)
         assert _shardings(state) == _shardings(template)
         _assert_same(jax.device_get(_plain(state)), jax.device_get(_plain(tx.init(p))))
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_the_page_runs_from_top_to_bottom(tmp_path, capsys):
+    text = (ROOT / "docs/checkpoints.md").read_text()
+    scope = {"folder": tmp_path / "run"}
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == 5
+    for block in blocks:
+        exec(compile(block, "docs/checkpoints.md", "exec"), scope)
+    assert capsys.readouterr().out == "6\n"
+    assert scope["shardings"].inner_state[0].mu["w"].spec == jax.P("data")
+    assert int(scope["state"].count) == 6
+    assert mo.read_decisions(scope["state"])
+    for name in set(re.findall(r"\bmo\.(\w+)", text)):
+        assert hasattr(mo, name), name
