@@ -5,7 +5,6 @@ large parameter over fsdp; routers, norms and decisions are whole on every devic
 """
 
 import contextlib
-import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -53,9 +52,11 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
 def _make_cpu_devices(count: int) -> None:
     """Lets the CPU count as so many devices, if JAX has not started; accelerators stay as they are.
 
-    A count that somebody chose in the environment is left alone.
+    A count that somebody chose in the environment is left alone, and so are several processes.
     """
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    if jax.distributed.is_initialized() or "xla_force_host_platform_device_count" in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
         return
     # There is nothing to be done once the backend has started: `make_mesh` says what is missing.
     with contextlib.suppress(RuntimeError):

@@ -118,15 +118,17 @@ def set_up(
         # The loss of guessing is where the smoothed one starts, so it needs no correction.
         return TrainState(params, tx.init(params), jnp.log(jnp.float32(guesses)))
 
-    mesh = current_mesh()
-    shardings = mesh and train_state_shardings(mesh, tx, shapes)
+    mesh, shardings, whole = current_mesh(), None, None
+    if mesh:
+        shardings = train_state_shardings(mesh, tx, shapes)
+        whole = NamedSharding(mesh, jax.P())  # What is logged, every process can read.
     state = jax.jit(init, out_shardings=shardings)() if mesh else init()
     monitor.announce("compiling the step")
     stop.check()
     begin = time.perf_counter()
     step = functools.partial(train_step, loss_fn, graphdef, tx)
     # Compiled ahead of time: another shape or dtype is an error then, not a second compile.
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
     step_fn = jitted.lower(state, place_rows(example)).compile()
     stop.check()
     return Setup(graphdef, state, step_fn, time.perf_counter() - begin)
