@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from command_line import UserError
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import PyTree
@@ -52,9 +51,11 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
 def _make_cpu_devices(count: int) -> None:
     """Lets the CPU count as so many devices, if JAX has not started; accelerators stay as they are.
 
-    A count that somebody chose in the environment is left alone.
+    A count that somebody chose in the environment is left alone, and so are several processes.
     """
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    if jax.distributed.is_initialized() or "xla_force_host_platform_device_count" in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
         return
     # There is nothing to be done once the backend has started: `make_mesh` says what is missing.
     with contextlib.suppress(RuntimeError):
@@ -72,34 +73,6 @@ def current_mesh() -> Mesh | None:
     """Returns the mesh in force, if there is one."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
-
-
-def state_shardings(
-    mesh: Mesh, tx: optax.GradientTransformationExtraArgs, params: PyTree
-) -> tuple[PyTree, PyTree]:
-    """Says where params and the optimizer's state belong: moments lie as their params do.
-
-    Args:
-        mesh: the mesh.
-        tx: the optimizer.
-        params: the params, or their shapes.
-
-    Returns:
-        The shardings of the params, and those of the optimizer's state.
-
-    Raises:
-        UserError: if the experts cannot be split evenly.
-    """
-    own = param_shardings(mesh, params)
-    moments = optax.tree.map_params(
-        tx,
-        lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
-        jax.eval_shape(tx.init, params),
-        own,
-        transform_non_params=lambda _: NamedSharding(mesh, jax.P()),
-        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-    )
-    return own, moments
 
 
 def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:

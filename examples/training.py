@@ -161,6 +161,7 @@ def set_up(
 
     template = abstract_state(tx, shapes, current_mesh())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
+    whole = template.smoothed_loss.sharding  # What is logged, every process can read.
     # One device starts as ever: compiled, the first weights would differ in the last digit.
     state = jax.jit(init, out_shardings=shardings)() if current_mesh() else init()
     monitor.announce("compiling the step")
@@ -168,7 +169,7 @@ def set_up(
     begin = time.perf_counter()
     step = functools.partial(train_step, loss_fn, graphdef, tx)
     # Compiled ahead of time: another shape or dtype is an error then, not a second compile.
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
     step_fn = jitted.lower(state, place_rows(example)).compile()
     stop.check()
     return Setup(graphdef, state, template, step_fn, time.perf_counter() - begin)
