@@ -127,7 +127,7 @@ def every(n: Scalar | str, meta_optimizer: MetaOptimizer) -> MetaOptimizer:
     name = f"every({n!r}, {meta.name})"
     if isinstance(n, str):
         if not n.isidentifier():
-            raise ValueError(f"n must be a period, or the name of an extra argument, got {n!r}.")
+            raise ValueError(f"n must be an integer >= 1, or the name of a signal; got {n!r}.")
         return meta._replace(name=name, observe=observe_where(name, n, meta.observe))
     period = _checks.integer("n", n, low=1)
     return meta._replace(name=name, observe=observe_every(meta.name, period, meta.observe))

@@ -311,7 +311,7 @@ class TestEveryBySignal:
 
     @pytest.mark.parametrize("n", ["", "not a name", "1st"])
     def test_a_string_that_is_no_name_is_an_error(self, n):
-        with pytest.raises(ValueError, match="n must be a period, or the name"):
+        with pytest.raises(ValueError, match="n must be an integer >= 1, or the name"):
             mo.every(n, mo.plateau())
 
     @pytest.mark.parametrize("n", [None, True, ["is_new"], b"is_new"])
