@@ -60,7 +60,8 @@ def _make_cpu_devices(count: int) -> None:
         return
     # There is nothing to be done once the backend has started: `make_mesh` says what is missing.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
+        configured = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_num_cpu_devices", max(count, configured))
 
 
 def use_mesh(sizes: Mapping[str, int] | None) -> contextlib.AbstractContextManager[Any]:
