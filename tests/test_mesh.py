@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
-from table import LAYERS, TRANSFORMATIONS
+from table import LAYERS, SHAPES, TRANSFORMATIONS
 
 import meta_optax as mo
 
@@ -78,7 +78,9 @@ def _make_step(tx, usage_spec=None):
             for name in ("expert_usage", "expert_usage_per_layer"):
                 spec = P(*[None] * (metrics[name].ndim - 1), usage_spec)
                 metrics[name] = jax.sharding.reshard(metrics[name], spec)
-        updates, state = tx.update(grads, state, params, value=loss, **metrics)
+        # `multi_steps` refuses what it is not told to average, and is told of those.
+        needed = {name: value for name, value in metrics.items() if name in SHAPES}
+        updates, state = tx.update(grads, state, params, value=loss, **needed)
         return optax.apply_updates(params, updates), state
 
     return step

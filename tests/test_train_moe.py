@@ -81,6 +81,9 @@ def test_interrupt_ends_cleanly_with_everything_written(tmp_path):
         (["--out", __file__], "--out"),
         (["--out", f"{__file__}/deeper"], "--out"),
         (["--out", "/proc/no/such/folder"], "--out"),
+        (["--mesh", "data=2,model=2"], "'model'"),
+        (["--mesh", "data=4"], "18 rows"),
+        (["--mesh", "expert=3"], "expert=3"),
     ],
 )
 def test_bad_input_ends_with_one_clear_line(options, named):
