@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
-from table import LAYERS, SHAPES, TRANSFORMATIONS
+from table import LAYERS, TRANSFORMATIONS
+from table import SHAPES as METRICS
 
 import meta_optax as mo
 
@@ -79,7 +80,7 @@ def _make_step(tx, usage_spec=None):
                 spec = P(*[None] * (metrics[name].ndim - 1), usage_spec)
                 metrics[name] = jax.sharding.reshard(metrics[name], spec)
         # `multi_steps` refuses what it is not told to average, and is told of those.
-        needed = {name: value for name, value in metrics.items() if name in SHAPES}
+        needed = {name: value for name, value in metrics.items() if name in METRICS}
         updates, state = tx.update(grads, state, params, value=loss, **needed)
         return optax.apply_updates(params, updates), state
 
