@@ -81,6 +81,7 @@ def _make_step(tx, usage_spec=None):
                 metrics[name] = jax.sharding.reshard(metrics[name], spec)
         # `multi_steps` refuses what it is not told to average, and is told of those.
         needed = {name: value for name, value in metrics.items() if name in METRICS}
+        needed["is_validation"] = jnp.array(True)  # For the row of `every` by a signal.
         updates, state = tx.update(grads, state, params, value=loss, **needed)
         return optax.apply_updates(params, updates), state
 
