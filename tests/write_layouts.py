@@ -2,8 +2,8 @@
 
 With the meta_optax of the layout on the path, from the root of the repository:
 
-    git worktree add /tmp/layout1 4b09479  # layout 2: af0b463; layout 3: its own last commit
-    PYTHONPATH=/tmp/layout1 python tests/write_layouts.py 1
+    git worktree add ../layout1 4b09479  # layout 2: af0b463; layout 3: its own last commit
+    PYTHONPATH=../layout1 python tests/write_layouts.py 1
 
 It writes tests/checkpoints/layout_1.zip, an Orbax checkpoint of the states of several strategies
 and ways to act after some steps, and layout_1.json: the hyperparameters of the steps after that and
