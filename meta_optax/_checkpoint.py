@@ -166,6 +166,7 @@ def _device(found: list[tuple[Any, SingleDeviceSharding]]) -> SingleDeviceShardi
     """The one device that params are on, or that JAX would put them on."""
     if found:
         return SingleDeviceSharding(next(iter(found[0][1].device_set)))
+    # JAX makes the attributes of its configuration while it is imported.
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
