@@ -242,9 +242,9 @@ def test_a_sharded_state_comes_back_on_other_devices(sharded, shape, count):
 
 
 def test_the_trap_of_a_template_of_shapes_alone(tmp_path):
-    """Scalars of an eager init are on no mesh, and come back on one device for good."""
+    """Scalars of an eager init of Optax's are on no mesh, and come back on one device for good."""
     mesh = _mesh((8,), 8)
-    tx = TRANSFORMATIONS["inject[plateau]"]()
+    tx = optax.adamw(1e-3)
     p = jax.device_put(params(), jax.NamedSharding(mesh, jax.P()))
     state, step = tx.init(p), _stepper(tx)
     step(p, state, row())  # which JAX takes, as nothing holds the scalars where they are
@@ -255,6 +255,17 @@ def test_the_trap_of_a_template_of_shapes_alone(tmp_path):
     with pytest.raises(ValueError, match="incompatible devices"):
         step(p, trapped, row())
     _assert_same(step(p, sound, row()), step(p, state, row()))
+
+
+def test_an_eager_init_on_a_mesh_is_no_trap(tmp_path):
+    """Where the params are on a mesh, our own state is on it from the start."""
+    tx = TRANSFORMATIONS["inject[plateau]"]()
+    p = jax.device_put(params(), jax.NamedSharding(_mesh((8,), 8), jax.P()))
+    state, step = tx.init(p), _stepper(tx)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(0, state)
+        loaded = checkpointer.load(0, _abstract(state))
+    _assert_same(step(p, loaded, row()), step(p, state, row()))
 
 
 def test_a_state_is_made_where_it_belongs():

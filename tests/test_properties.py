@@ -24,6 +24,8 @@ sequences = st.fixed_dictionaries(
         name: hnp.arrays(np.float32, (STEPS, *shape), elements=anything)
         for name, shape in SHAPES.items()
     }
+    # For the row of `every` by a signal.
+    | {"is_validation": hnp.arrays(np.bool_, STEPS)}
 )
 bases = st.fixed_dictionaries(
     {
