@@ -1,6 +1,7 @@
 """The peers' rules against recordings of the peers themselves, and by hand."""
 
 import functools
+import inspect
 import json
 import math
 import pathlib
@@ -58,8 +59,10 @@ def _runner(rule, static):
 
 def _rates(rule, arguments, rate, values):
     """All sequences are of 300 rows, so that one program serves them all."""
+    defaults = {k: p.default for k, p in inspect.signature(RULES[rule]).parameters.items()}
     static = tuple((k, v) for k, v in arguments.items() if k in STATIC)
-    traced = {k: v for k, v in arguments.items() if k not in STATIC}
+    # All that can be, so that few programs serve all settings.
+    traced = {k: v for k, v in (defaults | arguments).items() if k not in STATIC}
     padded = np.concatenate([values, np.full(300 - len(values), values[-1])])
     return np.asarray(_runner(rule, static)(rate, padded, traced))[: len(values)]
 

@@ -94,22 +94,34 @@ class TestHypergradient:
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("row", [0, 2])
     def test_holds_where_a_gradient_is_not_finite(self, rule, bad, row):
-        tx = adamw_with_hypergradient(0.05, hypergradient_rate=1e-3, rule=rule)
-        tx = optax.apply_if_finite(tx, 3)
-        state = tx.init(PARAMS)
+        init, update = _updater(rule)
+        good = jax.grad(_quadratic)(PARAMS)
+        state = clean = init(PARAMS)
         for step in range(4):
-            held = optax.tree.get(state, "learning_rate")
-            grads = jax.grad(_quadratic)(PARAMS)
-            if step == row:
-                grads["w"] = grads["w"].at[1].set(bad)
-                # What it would make of it by itself, which the wrapper drops.
-                _, alone = adamw_with_hypergradient(0.05, rule=rule).update(
-                    grads, state.inner_state, PARAMS
-                )
-                assert int(alone.nonfinite_count) == 1
-                np.testing.assert_array_equal(alone.hyperparams["learning_rate"], held)
+            if step != row:
+                clean = update(good, clean)
+                state = update(good, state)
+                continue
+            held = update({**good, "w": good["w"].at[1].set(bad)}, state)
+            assert int(held.nonfinite_count) == 1
+            assert float(held.hyperparams["learning_rate"]) == float(
+                state.hyperparams["learning_rate"]
+            )
+            # Its moments are spoilt for good, so the rate stays where it is.
+            after = update(good, held)
+            assert int(after.nonfinite_count) == 2
+            jax.tree.map(np.testing.assert_array_equal, after.hyperparams, held.hyperparams)
+        assert float(state.hyperparams["learning_rate"]) > 0.05
+        jax.tree.map(np.testing.assert_array_equal, state, clean)
+
+    def test_goes_on_where_the_step_is_left_out(self):
+        tx = optax.apply_if_finite(adamw_with_hypergradient(0.05), 3)
+        # Of one size, so that Adam's direction is the gradient's own and the cosine 1.
+        good, bad = (jax.tree.map(lambda p, g=g: g + 0.0 * p, PARAMS) for g in (0.3, jnp.nan))
+        state = tx.init(PARAMS)
+        for grads in (good, bad, good):
             _, state = tx.update(grads, state, PARAMS)
-        assert float(optax.tree.get(state, "learning_rate")) > 0.05
+        assert float(optax.tree.get(state, "learning_rate")) == pytest.approx(0.05 * 1.02, rel=1e-4)
 
     def test_dtypes_stay(self):
         params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
@@ -135,6 +147,12 @@ class TestHypergradient:
     def test_bad_argument_is_named(self, argument, value):
         with pytest.raises(ValueError, match=f"{argument} must be .* got {value!r}"):
             adamw_with_hypergradient(**{"learning_rate": 0.1, argument: value})
+
+
+@functools.cache
+def _updater(rule):
+    tx = adamw_with_hypergradient(0.05, hypergradient_rate=1e-3, rule=rule)
+    return tx.init, jax.jit(lambda grads, state: tx.update(grads, state, PARAMS)[1])
 
 
 def _paths(*optimizers):
@@ -183,8 +201,9 @@ class TestCompiledLoops:
             return _train(_peers_of(rate, seed)[name], _quadratic, steps=40)
 
         params, used = jax.jit(jax.vmap(run))(rates, seeds)
+        one_run = jax.jit(run)
         for i in range(3):
-            alone, one = run(float(rates[i]), int(seeds[i]))
+            alone, one = one_run(rates[i], seeds[i])
             np.testing.assert_allclose(used[i], one, rtol=2e-5)
             jax.tree.map(
                 lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-3, atol=1e-4),
