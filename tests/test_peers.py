@@ -225,6 +225,24 @@ class TestByHand:
         state, _ = _scan(mo.with_decisions(make), 0.1, jnp.asarray([1.0, 1.0]))
         assert mo.read_decisions(state)[-1].reason == reason
 
+    @pytest.mark.parametrize("make", RULES.values(), ids=RULES)
+    def test_schedule_is_followed_up_to_the_first_block(self, make):
+        schedule = optax.linear_schedule(1.0, 0.0, 10)
+        _, rates = _scan(make(accumulation=3), schedule, jnp.ones([6]))
+        np.testing.assert_allclose(rates, [1.0, 0.9, 0.8, 0.8, 0.8, 0.8], rtol=1e-6)
+
+    @pytest.mark.usefixtures("strict_numerics")
+    @pytest.mark.parametrize(
+        "make", [torch_plateau, greedy_lr, functools.partial(greedy_lr, smooth=True), random_policy]
+    )
+    def test_strict_numerics_and_fixed_states(self, make):
+        meta, base = make(), {"learning_rate": jnp.float32(0.5)}
+        state = meta.init()
+        row = {"value": jnp.float32(1.0), "step": jnp.int32(0), "base_learning_rate": 0.5}
+        new = meta.observe(state, row)
+        assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+        assert not jax.typeof(meta.apply(new, base)["learning_rate"]).weak_type
+
 
 class TestRandomPolicy:
     def _walk(self, seed, rows=300, **arguments):
