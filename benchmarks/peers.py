@@ -1,7 +1,8 @@
 """The rules that people use to cut a rate, for many losses at a time: oracles for comparison.
 
 Each takes losses of shape [curves, steps] and returns where it cuts. They are the published rules,
-with the published defaults, in NumPy; `tests/test_detection.py` holds that of Optax against Optax.
+with the published defaults, in NumPy; `tests/test_detection.py` holds that of Optax against Optax,
+and `tests/test_peers.py` the others against recordings of the packages.
 """
 
 import numpy as np
@@ -34,11 +35,16 @@ def greedy_lr_cuts(
 ) -> np.ndarray:
     """Where GreedyLR cuts: better is ``x < best - threshold``, of a streaming mean where asked.
 
-    Raises do not bear on cuts, but that they begin the count of good rows anew.
+    Raises do not bear on cuts, but that they begin the count of good rows anew. Rates are not known
+    here: what starts theirs again after 500 cuts at the floor is left out.
     """
-    sums = np.cumsum(losses.astype(float), axis=1)
-    sums[:, window_size:] -= sums[:, :-window_size].copy()
-    means = sums / np.minimum(np.arange(losses.shape[1]) + 1, window_size)
+    means = losses.astype(float)
+    if window_size > 1:
+        # A running sum as theirs is: what is not finite stays in it for ever.
+        with np.errstate(invalid="ignore"):
+            sums = np.cumsum(means, axis=1)
+            sums[:, window_size:] -= sums[:, :-window_size].copy()
+        means = sums / np.minimum(np.arange(losses.shape[1]) + 1, window_size)
     cuts = np.zeros(losses.shape, bool)
     best, bad = np.full(len(losses), np.inf), np.zeros(len(losses), int)
     for step, mean in enumerate(means.T):

@@ -59,7 +59,7 @@ def empty_average(smoothing: int | float) -> Smoothed | None:
 
 
 def average_rows(
-    state: Smoothed | None, value: Float[Array, ""], smoothing: int | float
+    state: Smoothed | None, value: Float[Array, ""], smoothing: int | float | Array
 ) -> tuple[Smoothed | None, Float[Array, ""], Bool[Array, ""]]:
     """The average with one more row, what is to be judged, and whether there is anything to.
 

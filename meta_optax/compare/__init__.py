@@ -1,0 +1,1 @@
+"""The comparison of strategies with what people would otherwise use."""
