@@ -1,1 +1,1 @@
-"""The comparison of strategies with what people would otherwise use."""
+"""Every strategy against what people would otherwise use, on the same tasks, seeds and rates."""
