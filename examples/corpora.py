@@ -1,41 +1,20 @@
-"""Three real corpora that every Python installation carries, cut into balanced batches of bytes.
+"""Balanced batches of bytes from the three corpora that every Python installation carries.
 
-Code is the standard library's own top-level modules, prose is the language reference behind
-`help()`, and names are the Unicode character names. Nothing is downloaded, and nothing is random
-but the order. The sizes differ between Python versions, so losses compare on one version only.
+`meta_optax.compare.corpora` says what they are. Nothing is downloaded, and nothing is random but
+the order. The sizes differ between Python versions, so losses compare on one version only.
 """
 
 import functools
-import sysconfig
-import unicodedata
 from collections.abc import Mapping
-from pathlib import Path
-from pydoc_data import topics
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import grain
 import numpy as np
 from command_line import UserError
 
-CORPORA = ("code", "prose", "names")
+from meta_optax.compare.corpora import CORPORA, CorpusError, CorpusSplit, load_corpus
 
-# Names that are a code point spelled out ("CJK UNIFIED IDEOGRAPH-4E00") or a syllable computed
-# from one: three quarters of all names, and there is next to nothing to learn from them.
-COMPUTED_NAMES = (
-    "CJK UNIFIED",
-    "CJK COMPATIBILITY IDEOGRAPH",
-    "HANGUL SYLLABLE",
-    "TANGUT IDEOGRAPH",
-    "NUSHU CHARACTER",
-    "KHITAN SMALL SCRIPT",
-)
-
-# The split never follows the run's seed: runs with different seeds are measured on the same bytes.
-SPLIT_SEED = 0
-
-
-class CorpusError(UserError):
-    """A corpus is missing from this Python installation, or too short for the batches asked for."""
+__all__ = ["CORPORA"]
 
 
 class Batch(TypedDict):
@@ -45,61 +24,7 @@ class Batch(TypedDict):
     corpus: np.ndarray
 
 
-class Split(NamedTuple):
-    """Chunks of one corpus, uint8 [N, L + 1]; no byte is in both parts."""
-
-    train: np.ndarray
-    held_out: np.ndarray
-
-
-def read_code() -> bytes:
-    """Returns the top-level modules of the standard library, in alphabetical order.
-
-    Packages are left out: they hold the test suites and the generated tables (`encodings`), and
-    `pydoc_data` there is the prose corpus itself.
-    """
-    folder = Path(sysconfig.get_path("stdlib"))
-    return b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
-
-
-def read_prose() -> bytes:
-    """Returns the topics of the language reference that `help()` shows."""
-    return "\n".join(topics.topics.values()).encode()
-
-
-def read_names() -> bytes:
-    """Returns the names of the Unicode characters, one a line, in the order of the code points."""
-    names = (unicodedata.name(chr(point), "") for point in range(0x110000))
-    kept = (name for name in names if name and not name.startswith(COMPUTED_NAMES))
-    return "\n".join(kept).encode()
-
-
-def split_chunks(text: bytes, length: int, held_out: int) -> Split:
-    """Cuts a text into chunks, shuffles them and keeps some back.
-
-    Chunks are shuffled before the split because alphabetical tails are not like the rest: the last
-    names are all variation selectors.
-
-    Args:
-        text: one corpus.
-        length: predicted bytes per chunk; a chunk is one byte longer, and chunks share no byte.
-        held_out: how many chunks to keep back.
-
-    Returns:
-        The two parts.
-
-    Raises:
-        CorpusError: if fewer than twice `held_out` chunks can be cut.
-    """
-    count = len(text) // (length + 1)
-    if count < 2 * held_out:
-        raise CorpusError(f"only {len(text)} bytes, too few for {held_out} held-out chunks")
-    chunks = np.frombuffer(text, np.uint8)[: count * (length + 1)].reshape(count, length + 1)
-    order = np.random.default_rng(SPLIT_SEED).permutation(count)
-    return Split(train=chunks[order[held_out:]], held_out=chunks[order[:held_out]])
-
-
-def load_corpora(length: int, held_out: int) -> dict[str, Split]:
+def load_corpora(length: int, held_out: int) -> dict[str, CorpusSplit]:
     """Reads and splits every corpus, in the order of `CORPORA`.
 
     Args:
@@ -110,19 +35,16 @@ def load_corpora(length: int, held_out: int) -> dict[str, Split]:
         The split chunks by the corpus' name.
 
     Raises:
-        CorpusError: naming the corpus that is missing or too short.
+        UserError: naming the corpus that is missing or too short.
     """
-    splits = {}
-    for name, read in zip(CORPORA, (read_code, read_prose, read_names), strict=True):
-        try:
-            splits[name] = split_chunks(read(), length, held_out)
-        except (CorpusError, OSError) as error:
-            raise CorpusError(f"this Python's corpus {name!r} cannot be used: {error}") from error
-    return splits
+    try:
+        return {name: load_corpus(name, length, held_out) for name in CORPORA}
+    except CorpusError as error:
+        raise UserError(str(error)) from error
 
 
 def training_batches(
-    splits: Mapping[str, Split], batch_size: int, seed: int
+    splits: Mapping[str, CorpusSplit], batch_size: int, seed: int
 ) -> grain.DatasetIterator:
     """Streams shuffled batches with an equal share of every corpus, for ever.
 
@@ -153,7 +75,7 @@ def _row(chunks: np.ndarray, corpus: int, index: int) -> Batch:
     return Batch(tokens=chunks[index], corpus=np.array(corpus, np.int32))
 
 
-def held_out_batches(splits: Mapping[str, Split], batch_size: int) -> list[Batch]:
+def held_out_batches(splits: Mapping[str, CorpusSplit], batch_size: int) -> list[Batch]:
     """Returns the held-out chunks in full batches of one corpus each, without a remainder."""
     batches = []
     for index, split in enumerate(splits.values()):
@@ -163,7 +85,7 @@ def held_out_batches(splits: Mapping[str, Split], batch_size: int) -> list[Batch
     return batches
 
 
-def unigram_bits(splits: Mapping[str, Split]) -> dict[str, float]:
+def unigram_bits(splits: Mapping[str, CorpusSplit]) -> dict[str, float]:
     """Returns the bits per held-out byte of guessing from each corpus' own byte frequencies.
 
     This is what a model reaches that has learnt which corpus it reads and how often each byte

@@ -172,7 +172,8 @@ class TestArms:
         curves = Trainer(task, ARMS[name], 75)(_lanes([rate]), 1)
         assert curves.held_out.shape == (1, EVALUATIONS + 1)
         # Learning rates that are found from nothing take longer.
-        assert curves.held_out[0, -1] < (1.0 if rate < 1 else 1.01) * curves.held_out[0, 0]
+        finds = name in ("mechanic", "prodigy", "dog")
+        assert curves.held_out[0, -1] < (1.01 if finds else 1.0) * curves.held_out[0, 0]
         for values in curves.hyperparams.values():
             assert values.shape == (1, EVALUATIONS)
             assert np.isfinite(values).all()
@@ -196,7 +197,7 @@ class TestArms:
     def test_interval_arms_are_shown_means(self):
         """`plateau` in its own words: patience 3 at looks, not at steps."""
         task = TASKS["noisy_quadratic"]()
-        curves = Trainer(task, ARMS["plateau"], 500)(_lanes([1e-7]), 1)
+        curves = Trainer(task, ARMS["plateau"], 500)(_lanes([1e-4]), 1)
         steps = [decision.step for decision in curves.decisions[0]]
         assert steps
         assert all((step + 1) % schedule_of(500).interval == 0 for step in steps)
@@ -312,7 +313,9 @@ class TestCommand:
         assert found["protocol"]["protocol_version"] == _protocol.PROTOCOL_VERSION
         losses = found["arms"]["plateau"]["tasks"]["noisy_quadratic"]["final_losses"]
         assert np.shape(losses) == (2, len(MULTIPLES))
-        ratio = np.divide(losses, found["arms"][BASELINE]["tasks"]["noisy_quadratic"]["final_losses"])
+        ratio = np.divide(
+            losses, found["arms"][BASELINE]["tasks"]["noisy_quadratic"]["final_losses"]
+        )
         entry = found["well_tuned"]["arms"]["plateau"]["ratio_to_baseline"]
         # Of two values none is trimmed.
         assert entry["value"] == pytest.approx(ratio[:, WELL_TUNED].mean(), rel=1e-5)

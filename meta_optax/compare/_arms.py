@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
@@ -221,9 +220,7 @@ def _hypergradient_arm() -> Arm:
     return Arm(
         about="AdamW whose rate follows its own gradient (Baydin et al., arXiv 1703.04782)",
         make=lambda s: _warm_outside(
-            _hypergradient.adamw_with_hypergradient(
-                s.learning_rate, weight_decay=s.weight_decay
-            ),
+            _hypergradient.adamw_with_hypergradient(s.learning_rate, weight_decay=s.weight_decay),
             s,
         ),
         read=lambda state, s, step: {
@@ -287,11 +284,18 @@ ARMS: Mapping[str, Arm] = {
         lambda s: mo.trend_plateau(),
         base=linear,
     ),
-    "linear_skip_spikes": _strategy(
-        "meta_optax.skip_spikes around AdamW on the linear schedule, greedy within",
-        lambda s: mo.greedy(),
-        base=linear,
-        wrap=lambda tx, s: mo.skip_spikes(tx),
+    "linear_greedy": _strategy(
+        "meta_optax.greedy on top of the linear schedule", lambda s: mo.greedy(), base=linear
+    ),
+    "linear_skip_spikes": Arm(
+        about="meta_optax.skip_spikes around AdamW on the linear schedule",
+        make=lambda s: mo.skip_spikes(optax.adamw(linear(s), weight_decay=s.weight_decay)),
+        kind="ours",
+    ),
+    "hold_spikes": _strategy(
+        "AdamW under meta_optax.hold_spikes(advanced_plateau), shown each interval's mean loss",
+        lambda s: mo.hold_spikes(mo.advanced_plateau()),
+        looks="interval",
     ),
     "expert_gate": _strategy(
         "AdamW in groups under meta_optax.expert_gate, linear schedule",

@@ -3,7 +3,6 @@
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from meta_optax.compare._arms import ARMS, BASELINE
-from meta_optax.compare._protocol import MULTIPLES, WELL_TUNED, Plan, by_seed, has_diverged
+from meta_optax.compare._protocol import MULTIPLES, WELL_TUNED, Plan, by_seed
 from meta_optax.compare._results import Json
 from meta_optax.compare._run import Results
 from meta_optax.compare._tasks import TASKS
@@ -86,7 +85,9 @@ def forest(found: Json) -> Figure:
     names = [name for name in found["arms"] if name != BASELINE]
     figure = Figure((11.0, 1.6 + 0.28 * len(names)), dpi=110, layout="constrained")
     titles = {"well_tuned": "Well tuned", "mis_set": "Base rate x 0.03, 0.3, 3 and 30"}
-    for axes, (group, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+    for axes, (group, title) in zip(
+        figure.subplots(1, 2, sharey=True), titles.items(), strict=True
+    ):
         table = found[group]["arms"]
         order = sorted(names, key=lambda name: _value(table[name], math.inf), reverse=True)
         if group == "well_tuned":
@@ -95,7 +96,9 @@ def forest(found: Json) -> Figure:
             _draw_estimate(axes, place, table[name]["ratio_to_baseline"], _colour(name))
         axes.axvline(1.0, color="black", lw=0.8)
         axes.set(title=title, xscale="log", xlabel="loss / loss of the linear schedule")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)))
+        axes.xaxis.set_major_locator(
+            LogLocator(subs=(1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0))
+        )
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y", lw=0.3)
@@ -194,7 +197,9 @@ def profile(found: Json) -> Figure:
     colours = highlights(found)
     figure = Figure((11.0, 4.6), dpi=110, layout="constrained")
     titles = {"well_tuned": "Well tuned", "mis_set": "Base rate x 0.03, 0.3, 3 and 30"}
-    for axes, (group, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+    for axes, (group, title) in zip(
+        figure.subplots(1, 2, sharey=True), titles.items(), strict=True
+    ):
         for name, entry in found["profile"][group].items():
             style = {"color": colours[name], "lw": 2.0, "label": name} if name in colours else {
                 "color": _GREY, "lw": 0.6, "alpha": 0.7

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from meta_optax.compare._arms import ARMS, BASELINE, DECAYS, RATES
+from meta_optax.compare._arms import ARMS, BASELINE, DECAYS
 from meta_optax.compare._tasks import TASKS, why_missing
 from meta_optax.compare._train import Curves, Lanes
 
@@ -94,9 +94,7 @@ class Plan(NamedTuple):
 
     def pairs(self) -> list[tuple[str, str]]:
         """The arms and tasks that go together, arm by arm."""
-        return [
-            (arm, task) for arm in self.arms for task in self.tasks if takes_part(arm, task)
-        ]
+        return [(arm, task) for arm in self.arms for task in self.tasks if takes_part(arm, task)]
 
 
 class PlanError(ValueError):

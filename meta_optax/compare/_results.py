@@ -8,17 +8,16 @@ from typing import Any
 import numpy as np
 
 from meta_optax.compare._arms import ARMS, BASELINE
-from meta_optax.compare._protocol import MULTIPLES, WELL_TUNED, Plan, by_seed, has_diverged
-from meta_optax.compare._run import ArmResult, Results
 from meta_optax.compare._profiles import (
     Steps,
     performance_profile,
     profile_score,
     steps_to_target,
 )
+from meta_optax.compare._protocol import MULTIPLES, WELL_TUNED, Plan, by_seed, has_diverged
+from meta_optax.compare._run import ArmResult, Results
 from meta_optax.compare._runs import Runs, at_rates, divergence, make_runs
 from meta_optax.compare._statistics import (
-
     holm_pvalues,
     probability_of_improvement,
     ratio_to_peer,
@@ -65,8 +64,7 @@ def summarise(plan: Plan, about: Mapping[str, Any], results: Results) -> Json:
                 for name in plan.tasks
             },
             "arms": {
-                name: _describe_arm(name, result, steps[name])
-                for name, result in results.items()
+                name: _describe_arm(name, result, steps[name]) for name, result in results.items()
             },
             **{name: _compare(runs, columns) for name, columns in GROUPS.items()},
             "profile": _profile(plan, steps),
@@ -219,4 +217,3 @@ def plain(value: Any) -> Any:
         # Float32 carries no more digits; what NumPy's own threads may sum otherwise goes with them.
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value
-

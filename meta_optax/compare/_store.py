@@ -67,24 +67,19 @@ class Store:
         path = folder / _PROTOCOL
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            there = json.loads(path.read_text()) if path.exists() else None
-            if there is None:
-                if any(folder.iterdir()):
-                    raise PlanError(f"{folder} has files, and none is a comparison's {_PROTOCOL}")
-                write_json(path, self.about)
-            else:
-                _check_same(folder, there, self.about)
+            if path.exists():
+                _check_same(folder, _read_protocol(path), self.about)
                 if not resume:
                     raise PlanError(
                         f"{folder} holds a comparison: go on with --resume, or name another folder"
                     )
+            elif any(folder.iterdir()):
+                raise PlanError(f"{folder} has files, and none is a comparison's {_PROTOCOL}")
+            else:
+                write_json(path, self.about)
             (folder / "cells").mkdir(exist_ok=True)
         except OSError as error:
             raise PlanError(f"cannot write {folder}: {error.strerror or error}") from error
-        except ValueError as error:
-            if isinstance(error, PlanError):
-                raise
-            raise PlanError(f"{path} is no JSON: {error}") from error
 
     def _path(self, phase: str, arm: str, task: str) -> pathlib.Path:
         return self.folder / "cells" / f"{arm}.{task}.{phase}.npz"
@@ -93,9 +88,8 @@ class Store:
         """A finished cell; None if there is none, or none of these lanes."""
         path = self._path(phase, arm, task)
         try:
-            with np.load(path) as file:
-                data = dict(file)
-        except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
+            data = dict(np.load(io.BytesIO(path.read_bytes())))
+        except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile):
             return None  # A file that is cut off is done again.
         expected = {f"lane:{name}": value for name, value in lanes._asdict().items()}
         if not all(np.array_equal(data.get(key), value) for key, value in expected.items()):
@@ -108,6 +102,16 @@ class Store:
         lane_values = {f"lane:{name}": value for name, value in lanes._asdict().items()}
         np.savez(buffer, **lane_values, **_pack(curves))
         write_bytes(self._path(phase, arm, task), buffer.getvalue())
+
+
+def _read_protocol(path: pathlib.Path) -> Mapping[str, Any]:
+    try:
+        there = json.loads(path.read_text())
+    except ValueError as error:
+        raise PlanError(f"{path} is no JSON: {error}") from error
+    if not isinstance(there, dict):
+        raise PlanError(f"{path} is no protocol of a comparison")
+    return there
 
 
 def _check_same(folder: pathlib.Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

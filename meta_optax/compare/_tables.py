@@ -15,7 +15,6 @@ from meta_optax.compare._results import (
     Json,
 )
 
-
 _TITLES = {"well_tuned": "well tuned", "mis_set": "mis-set"}
 LEGEND = (
     "Ratios are of final held-out losses, run by run with the same seed and multiple: interquartile "

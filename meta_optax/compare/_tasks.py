@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, UInt8
 
 from meta_optax.compare import _data, _models
-from meta_optax.compare._corpora import CORPORA, load_corpus
 from meta_optax.compare._models import Params, Routing
+from meta_optax.compare.corpora import CORPORA, load_corpus
 
 Batch = Any
 Loss = Float[Array, ""]
@@ -78,9 +78,7 @@ def _supervised(
         outputs, routing = forward(params, batch.inputs)
         return loss_fn(outputs, batch.labels), routing
 
-    return Task(
-        sample=sample, loss=loss, held_out=lambda params: loss(params, held_out)[0], **rest
-    )
+    return Task(sample=sample, loss=loss, held_out=lambda params: loss(params, held_out)[0], **rest)
 
 
 def _noisy_quadratic() -> Task:
@@ -161,7 +159,7 @@ def _language(corpora: tuple[str, ...], forward: Forward, **rest: Any) -> Task:
         corpus = jnp.arange(_CHUNKS) % len(parts)
         return train[corpus, jax.random.randint(key, (_CHUNKS,), 0, least)]
 
-    def loss(params: Params, chunks: Int[Array, "batch length"]) -> tuple[Loss, Routing | None]:
+    def loss(params: Params, chunks: UInt8[Array, "batch length"]) -> tuple[Loss, Routing | None]:
         tokens = jnp.minimum(chunks.astype(jnp.int32), _models.ALPHABET - 1)
         logits, routing = forward(params, tokens[:, :-1])
         return _cross_entropy(logits, tokens[:, 1:]), routing
