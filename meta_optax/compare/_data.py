@@ -6,7 +6,7 @@ The splits never follow a run's seed: runs with different seeds are measured on 
 import functools
 import gzip
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -38,7 +38,8 @@ def digits() -> Split:
     """Scikit-learn's handwritten digits: 1,797 images of 64 pixels, centred about their mean."""
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)
+    data: Any = load_digits()
+    images, labels = data.images.reshape(-1, 64), data.target
     # A pixel counts up to 16 dark ones; the mean pixel is 0.3 of that.
     inputs = (images / 8.0 - 0.6).astype(np.float32)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
