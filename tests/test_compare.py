@@ -313,9 +313,8 @@ class TestCommand:
         assert found["protocol"]["protocol_version"] == _protocol.PROTOCOL_VERSION
         losses = found["arms"]["plateau"]["tasks"]["noisy_quadratic"]["final_losses"]
         assert np.shape(losses) == (2, len(MULTIPLES))
-        ratio = np.divide(
-            losses, found["arms"][BASELINE]["tasks"]["noisy_quadratic"]["final_losses"]
-        )
+        peer = found["arms"][BASELINE]["tasks"]["noisy_quadratic"]["final_losses"]
+        ratio = np.divide(losses, peer)
         entry = found["well_tuned"]["arms"]["plateau"]["ratio_to_baseline"]
         # Of two values none is trimmed.
         assert entry["value"] == pytest.approx(ratio[:, WELL_TUNED].mean(), rel=1e-5)

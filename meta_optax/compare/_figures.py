@@ -85,15 +85,13 @@ def forest(found: Json) -> Figure:
     names = [name for name in found["arms"] if name != BASELINE]
     figure = Figure((11.0, 1.6 + 0.28 * len(names)), dpi=110, layout="constrained")
     titles = {"well_tuned": "Well tuned", "mis_set": "Base rate x 0.03, 0.3, 3 and 30"}
-    for axes, (group, title) in zip(
-        figure.subplots(1, 2, sharey=True), titles.items(), strict=True
-    ):
-        table = found[group]["arms"]
-        order = sorted(names, key=lambda name: _value(table[name], math.inf), reverse=True)
-        if group == "well_tuned":
-            rows = order
+    table = found["well_tuned"]["arms"]
+    rows = sorted(names, key=lambda name: _value(table[name], math.inf), reverse=True)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (group, title) in zip(panels, titles.items(), strict=True):
         for place, name in enumerate(rows):
-            _draw_estimate(axes, place, table[name]["ratio_to_baseline"], _colour(name))
+            ratio = found[group]["arms"][name]["ratio_to_baseline"]
+            _draw_estimate(axes, place, ratio, _colour(name))
         axes.axvline(1.0, color="black", lw=0.8)
         axes.set(title=title, xscale="log", xlabel="loss / loss of the linear schedule")
         axes.xaxis.set_major_locator(

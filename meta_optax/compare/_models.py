@@ -44,7 +44,7 @@ def apply_linear(params: Params, x: Float[Array, "... inputs"]) -> Float[Array, 
 def init_mlp(key: Array, *sizes: int) -> Params:
     """Layers from each size to the next."""
     keys = jax.random.split(key, len(sizes) - 1)
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
+    pairs = itertools.pairwise(sizes)
     return {
         f"layer_{i}": linear(k, *pair) for i, (k, pair) in enumerate(zip(keys, pairs, strict=True))
     }

@@ -174,7 +174,7 @@ def final_lanes(plan: Plan, chosen: Configuration) -> Lanes:
 
 
 def _cross(seeds: np.ndarray, configurations: Sequence[Configuration]) -> Lanes:
-    rates, decays = np.float32(configurations).T
+    rates, decays = np.asarray(configurations, np.float32).T
     return Lanes(
         seed=np.repeat(seeds, len(rates)).astype(np.int32),
         learning_rate=np.tile(rates, len(seeds)),

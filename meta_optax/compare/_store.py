@@ -92,7 +92,10 @@ class Store:
         except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile):
             return None  # A file that is cut off is done again.
         expected = {f"lane:{name}": value for name, value in lanes._asdict().items()}
-        if not all(np.array_equal(data.get(key), value) for key, value in expected.items()):
+        if any(
+            key not in data or not np.array_equal(data[key], value)
+            for key, value in expected.items()
+        ):
             return None
         return _unpack(data)
 

@@ -17,8 +17,8 @@ from meta_optax.compare._results import (
 
 _TITLES = {"well_tuned": "well tuned", "mis_set": "mis-set"}
 LEGEND = (
-    "Ratios are of final held-out losses, run by run with the same seed and multiple: interquartile "
-    "mean, and in brackets its 95 % bootstrap interval, clustered by seed. P(better) is the "
+    "Ratios are of final held-out losses, run by run with the same seed and multiple: "
+    "interquartile mean, and in brackets its 95 % bootstrap interval, clustered by seed. P(better) is the "
     "chance that a run of the arm ends below one of the baseline; p is Wilcoxon's signed-rank test "
     "over tasks and seeds after Holm's correction. A run that diverged ranks behind all that did "
     "not, and enters no average. Arms marked * ran on the tasks with experts alone: their ratios "
@@ -286,8 +286,8 @@ def overhead(costs: Mapping[str, Any]) -> str:
     ]
     head = ["arm", "update, ms", "over AdamW", "compile, s", "state, bytes more"]
     return (
-        "The update alone, without the gradients' computation, of 1.05 million weights in 3 arrays; "
-        "one of each in turn, medians. Our arms keep a log of 64 decisions here.\n\n"
+        "The update alone, without the gradients' computation, of 1.05 million weights in 3 "
+        "arrays; one of each in turn, medians. Our arms keep a log of 64 decisions here.\n\n"
         + table(head, rows)
     )
 

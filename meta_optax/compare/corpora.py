@@ -8,6 +8,7 @@ but the order. The sizes differ between Python versions, so losses compare on on
 import functools
 import sysconfig
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
 from typing import NamedTuple
@@ -64,7 +65,9 @@ def read_names() -> bytes:
     return "\n".join(kept).encode()
 
 
-_READERS = dict(zip(CORPORA, (read_code, read_prose, read_names), strict=True))
+_READERS: dict[str, Callable[[], bytes]] = dict(
+    zip(CORPORA, (read_code, read_prose, read_names), strict=True)
+)
 
 
 def split_chunks(text: bytes, length: int, held_out: int) -> CorpusSplit:
