@@ -5,7 +5,7 @@ import contextlib
 import pathlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
@@ -121,7 +121,7 @@ def _listing() -> str:
 
 
 @contextlib.contextmanager
-def _progress(total: int, *, plain: bool) -> Iterator[object]:
+def _progress(total: int, *, plain: bool) -> Iterator[Callable[[str, str, str, bool], None]]:
     """A bar with the time left on a terminal, a line a cell anywhere else."""
     from rich.console import Console
     from rich.progress import (

@@ -5,6 +5,7 @@ are sums over shifted images, which batch as matrix products do, and every exper
 token, which costs less at this size than sorting tokens.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax

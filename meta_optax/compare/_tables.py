@@ -18,9 +18,9 @@ from meta_optax.compare._results import (
 _TITLES = {"well_tuned": "well tuned", "mis_set": "mis-set"}
 LEGEND = (
     "Ratios are of final held-out losses, run by run with the same seed and multiple: "
-    "interquartile mean, and in brackets its 95 % bootstrap interval, clustered by seed. P(better) is the "
-    "chance that a run of the arm ends below one of the baseline; p is Wilcoxon's signed-rank test "
-    "over tasks and seeds after Holm's correction. A run that diverged ranks behind all that did "
+    "interquartile mean, and in brackets its 95 % bootstrap interval, clustered by seed. "
+    "P(better) is the chance that a run of the arm ends below one of the baseline; p is Wilcoxon's signed-rank "
+    "test over tasks and seeds after Holm's correction. A run that diverged ranks behind all that did "
     "not, and enters no average. Arms marked * ran on the tasks with experts alone: their ratios "
     "are over those."
 )
