@@ -19,10 +19,10 @@ _TITLES = {"well_tuned": "well tuned", "mis_set": "mis-set"}
 LEGEND = (
     "Ratios are of final held-out losses, run by run with the same seed and multiple: "
     "interquartile mean, and in brackets its 95 % bootstrap interval, clustered by seed. "
-    "P(better) is the chance that a run of the arm ends below one of the baseline; p is Wilcoxon's signed-rank "
-    "test over tasks and seeds after Holm's correction. A run that diverged ranks behind all that did "
-    "not, and enters no average. Arms marked * ran on the tasks with experts alone: their ratios "
-    "are over those."
+    "P(better) is the chance that a run of the arm ends below one of the baseline; p is Wilcoxon's "
+    "signed-rank test over tasks and seeds after Holm's correction. A run that diverged ranks "
+    "behind all that did not, and enters no average. Arms marked * ran on the tasks with experts "
+    "alone: their ratios are over those."
 )
 
 
@@ -38,9 +38,9 @@ def interval(found: Mapping[str, Any]) -> str:
     return f"{number(found['value'])} [{number(found['low'])}, {number(found['high'])}]"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; the first column is text, the others are numbers."""
-    marks = ["---", *["---:"] * (len(head) - 1)]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)) -> str:
+    """A table in Markdown; the columns that are text are set to the left, numbers to the right."""
+    marks = ["---" if column in text else "---:" for column in range(len(head))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, marks, *rows))
 
 
@@ -174,7 +174,7 @@ def tasks(found: Json) -> str:
         for name, task in found["tasks"].items()
     ]
     return (
-        table(["task", "what", "steps", "loss", "target"], rows)
+        table(["task", "what", "steps", "loss", "target"], rows, text=(0, 1, 3))
         + f"\n\nA target is {SLACK} times the median of the tuned linear schedule on tuning seeds."
     )
 
@@ -268,7 +268,7 @@ def decisions(found: Json) -> str:
         return ""
     head = ["arm", *(f"x {m:g}" for m in found["protocol"]["multiples"]), "most frequent reasons"]
     return "Decisions a run, means over tasks and seeds (reasons of the last 64 of each):\n\n" + (
-        table(head, rows)
+        table(head, rows, text=(0, len(head) - 1))
     )
 
 
