@@ -22,13 +22,17 @@ from orbax.checkpoint import v1 as ocp
 
 SEAL = "seal.json"
 KEPT = 3  # So that there are two to fall back to.
-ASIDE = ".damaged"
+ASIDE, LEFT = ".damaged", ".left"
 
 Position = Mapping[str, Any]
 
 
 class Damaged(Exception):
     """A checkpoint that is not what was written; its text names the step and the file."""
+
+
+class Unfinished(Damaged):
+    """One that was killed before it was sealed, and so was never said to be there."""
 
 
 class Checkpoint(NamedTuple):
@@ -136,7 +140,8 @@ class Checkpoints:
             The checkpoint; None if there is none at all.
 
         Raises:
-            UserError: naming file and step, if the one asked for, or each, is damaged.
+            UserError: naming file and step, if the one asked for, or each, is damaged; but none
+                that was never finished counts where no step is asked for.
         """
         steps = self.steps()
         if step is not None and step not in steps:
@@ -154,9 +159,25 @@ class Checkpoints:
             for damaged, error in damage:
                 self._set_aside(damaged, error)
             return Checkpoint(candidate, state, position)
-        if damage:
+        if damage and not (step is None and all(isinstance(e, Unfinished) for _, e in damage)):
             raise UserError("; ".join(str(error) for _, error in damage))
+        # A run that was killed before its first checkpoint was sealed has none.
+        for damaged, error in damage:
+            self._set_aside(damaged, error)
         return None
+
+    def leave_later(self, step: int) -> None:
+        """Renames the checkpoints behind a step out of the way: the run goes on from there anew.
+
+        Args:
+            step: the one that was gone back to.
+        """
+        for later in self.steps():
+            if later > step:
+                left = self.folder / f"{later}{LEFT}"
+                shutil.rmtree(left, ignore_errors=True)
+                (self.folder / str(later)).rename(left)
+                self._say(f"checkpoint of step {later} is not of this run; left as {left.name}")
 
     def _set_aside(self, folder: Path, error: Damaged) -> None:
         aside = folder.with_name(folder.name + ASIDE)
@@ -214,7 +235,7 @@ def read_seal(folder: Path, step: int) -> Position:
         if own != _digest_of_json(seal) or seal["step"] != step:
             raise ValueError("its checksum is another")
     except FileNotFoundError:
-        raise Damaged(
+        raise Unfinished(
             f"checkpoint of step {step}: {path} is missing, so it was never finished"
         ) from None
     except (ValueError, KeyError, OSError) as error:

@@ -4,7 +4,7 @@ The images come with scikit-learn; nothing is downloaded.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple, Self, TypedDict
+from typing import Any, NamedTuple, Self, TypedDict
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -41,7 +41,8 @@ def load_split(test_share: float) -> Split:
     Returns:
         The two parts.
     """
-    images, labels = load_digits(return_X_y=True)
+    data: Any = load_digits()
+    images, labels = data.images.reshape(-1, 64), data.target
     order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
     pixels = (images[order] / BRIGHTEST).astype(np.float32)
     digit = labels[order].astype(np.int32)

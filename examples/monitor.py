@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from command_line import StopRequest, writing
+from command_line import StopRequest, UserError, writing
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -73,9 +73,15 @@ class JsonLines:
             kept = self._file.read(size)
             kept = kept[: kept.rfind(b"\n") + 1]
             self._file.truncate(len(kept))
-        self.records = [json.loads(line) for line in kept.splitlines()]
+        self.records = [self._read(n, line) for n, line in enumerate(kept.splitlines(), start=1)]
         self.lasting = self.size = len(kept)
         return len(kept) == size
+
+    def _read(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{self.path} has no record in line {number}: {error}") from error
 
     def write(self, record: Mapping[str, Any], *, lasting: bool = True) -> None:
         """Appends one object, and keeps it for the plots."""

@@ -217,6 +217,7 @@ def go_on(
         stop.say(f"no checkpoint in {arguments.checkpoint_dir}: starting with step 0")
         log.go_on_from(0)
         return setup.state, 0
+    checkpoints.leave_later(found.step)
     batches.set_state(found.position["data"])
     # A run that ended here on its own has logged its last step; a longer one would not have.
     size = found.position["log_size" if found.step >= arguments.steps else "log_lasting"]

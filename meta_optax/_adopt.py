@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from meta_optax._checkpoint import checkpoint_template, fresh_leaves
+from meta_optax._checkpoint import checkpoint_template, fresh_leaves, place
 from meta_optax._groups import UNCONTROLLED
 from meta_optax._inject import InjectMetaHyperparamsState
+from meta_optax._multi_steps import MetaMultiStepsState
 from meta_optax._read import check_versions, has_strategy, own_nodes
 from meta_optax._scale import ScaleByMetaState
 from meta_optax._schedule import MetaScheduleState
@@ -24,6 +25,7 @@ _INJECTED = (
 # Wrappers that a run may get or have had, and where each keeps the state inside.
 _WRAPPERS = {
     SkipSpikesState: "inner_state",
+    MetaMultiStepsState: "multi_steps_state",
     optax.MultiStepsState: "inner_opt_state",
     optax.ApplyIfFiniteState: "inner_state",
 }
@@ -63,8 +65,8 @@ def adopt(opt_state: Any, tx: Any, params: Any) -> Any:
     ``inject_meta_hyperparams(f, ...)(...)``, for ``optax.inject_hyperparams(f)`` with `as_schedule`
     and for ``moe_partition(f, labels)`` in either (the moments are split by group; those of leaves
     labelled ``balance_bias`` go); the state of a chain for that chain with `scale_by_meta` in it.
-    `skip_spikes`, `optax.MultiSteps` and `optax.apply_if_finite` around may be new, or on both
-    sides: then their own state is kept too.
+    `skip_spikes`, `multi_steps`, `optax.MultiSteps` and `optax.apply_if_finite` around may be new,
+    or on both sides: then their own state is kept too.
 
     Nothing is copied but what the new state would hold twice: donate either the old state to a
     step or the new one. Not for use under `jax.jit`.
@@ -111,7 +113,7 @@ def adopt(opt_state: Any, tx: Any, params: Any) -> Any:
         if leaf is FRESH:
             return fresh[i]
         if leaf is _COUNT:
-            return jax.device_put(np.full(likes[i].shape, count, np.int32), likes[i].sharding)
+            return place(np.full(likes[i].shape, count, np.int32), likes[i], params)
         # A buffer that stood in a state twice could not be donated.
         again, _ = id(leaf) in seen, seen.add(id(leaf))
         return jnp.copy(leaf) if again else leaf
@@ -125,7 +127,7 @@ def _highest_count(opt_state: Any) -> int:
     def is_count(path: Any, leaf: Any) -> bool:
         names = [getattr(key, "name", None) for key in path]
         # What `skip_spikes` has seen is counted in losses, up to its window.
-        of_steps = names[-1:] == ["count"] and "watch" not in names
+        of_steps = bool(names) and names[-1] in _STEP_FIELDS and "watch" not in names
         return of_steps and jnp.shape(leaf) == () and jnp.result_type(leaf) == jnp.int32
 
     found = jax.tree_util.tree_leaves_with_path(opt_state)

@@ -95,9 +95,10 @@ def fresh_leaves(tx: Any, params: Any, template: Any, wanted: list[int]) -> dict
         return {}
     leaves, treedef = jax.tree.flatten(params)
     known = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, jax.ShapeDtypeStruct)]
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(template)]
+    places = [leaf.sharding for leaf in jax.tree.leaves(template)]
+    shardings = None if _is_loose(params) else [places[i] for i in wanted]
 
-    @functools.partial(jax.jit, out_shardings=[shardings[i] for i in wanted])
+    @functools.partial(jax.jit, out_shardings=shardings)
     def start(arrays: list[Any]) -> list[Any]:
         given = dict(zip(known, arrays, strict=True))
         filled = [
@@ -108,6 +109,24 @@ def fresh_leaves(tx: Any, params: Any, template: Any, wanted: list[int]) -> dict
         return [state[i] for i in wanted]
 
     return dict(zip(wanted, start([leaves[i] for i in known]), strict=True))
+
+
+def place(leaf: Any, like: jax.ShapeDtypeStruct, params: Any) -> Any:
+    """A leaf where the template says; bound to no device where the params are not.
+
+    A bound state beside free params would bind these at the first step: a second compile.
+    """
+    if _is_loose(params) and not getattr(leaf, "committed", False):
+        return jax.numpy.asarray(leaf)
+    return jax.device_put(leaf, like.sharding)
+
+
+def _is_loose(params: Any) -> bool:
+    """Whether all params are arrays that JAX may still move, as those made outside of any mesh."""
+    leaves = jax.tree.leaves(params)
+    return bool(leaves) and all(
+        isinstance(leaf, jax.Array) and not leaf.committed for leaf in leaves
+    )
 
 
 def _places(params: Any, mesh: Mesh | None) -> tuple[Any, dict[Any, _Place]]:

@@ -1,5 +1,6 @@
 """Combinators: strategies made of strategies."""
 
+import keyword
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -126,7 +127,7 @@ def every(n: Scalar | str, meta_optimizer: MetaOptimizer) -> MetaOptimizer:
     meta = protect(meta_optimizer, "every")
     name = f"every({n!r}, {meta.name})"
     if isinstance(n, str):
-        if not n.isidentifier():
+        if not n.isidentifier() or keyword.iskeyword(n):
             raise ValueError(f"n must be an integer >= 1, or the name of a signal; got {n!r}.")
         return meta._replace(name=name, observe=observe_where(name, n, meta.observe))
     period = _checks.integer("n", n, low=1)

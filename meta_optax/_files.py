@@ -86,15 +86,19 @@ class JsonLines:
 
     def _cut(self, resume_step: int) -> None:
         """Leaves out the lines from a step on, by a copy that takes the file's place when whole."""
-        copy = self._path.with_name(self._path.name + ".tmp")
-        with _naming(copy), open(copy, "wb") as file:
-            for row, line in self._rows():
-                if row["step"] < resume_step:
-                    file.write(line.rstrip(b"\n") + b"\n")
-                    self.told |= {tuple(d.values()) for d in row.get("decisions", ())}
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(copy, self._path)
+        path = self._path.resolve()  # A link stays one.
+        copy = path.with_name(path.name + ".tmp")
+        try:
+            with _naming(copy), open(copy, "wb") as file:
+                for row, line in self._rows():
+                    if row["step"] < resume_step:
+                        file.write(line.rstrip(b"\n") + b"\n")
+                        self.told |= {tuple(d.values()) for d in row.get("decisions", ())}
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(copy, path)
+        finally:
+            copy.unlink(missing_ok=True)
 
     def _rows(self) -> Iterator[tuple[dict[str, Any], bytes]]:
         """The lines and their objects, without a last one that is cut off."""
@@ -142,6 +146,11 @@ class EventFile:
         """Makes the file; TensorBoard hides what others have from ``resume_step`` on."""
         tensorboard = import_tensorboard()
         folder.mkdir(parents=True, exist_ok=True)
+        if resume_step is None and (others := sorted(folder.glob("events.out.tfevents.*"))):
+            raise FileExistsError(
+                f"{others[0]} is a log already: pass resume_step=... to go on with it, the step "
+                "that comes next, or choose another folder."
+            )
         self._proto = tensorboard.proto.event_pb2
         self._summary = tensorboard.summary
         # TensorBoard reads files in the order of their names, so those of one second too.

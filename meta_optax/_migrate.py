@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meta_optax._advanced_plateau import AdvancedPlateauState
-from meta_optax._checkpoint import checkpoint_template, fresh_leaves
+from meta_optax._checkpoint import checkpoint_template, fresh_leaves, place
 from meta_optax._control import LAYOUT_VERSION
 from meta_optax._log import DecisionLog
 from meta_optax._plateau import PlateauState
@@ -67,7 +67,7 @@ def migrate(restored: Any, tx: Any, params: Any, mesh: Mesh | None = None) -> An
     fresh = fresh_leaves(tx, params, template, wanted)
     return treedef.unflatten(
         [
-            fresh[i] if i in fresh else jax.device_put(leaf, like.sharding)
+            fresh[i] if i in fresh else place(leaf, like, params)
             for i, (leaf, like) in enumerate(zip(found, jax.tree.leaves(template), strict=True))
         ]
     )

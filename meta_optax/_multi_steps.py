@@ -12,6 +12,7 @@ from meta_optax import _checks
 from meta_optax._checks import Flag, Transformation
 from meta_optax._control import layout_version
 from meta_optax._core import is_pair, read_arrival, read_metric
+from meta_optax._devices import place_like
 
 if TYPE_CHECKING:
     Metrics = Iterable[str] | Mapping[str, Any]
@@ -39,6 +40,8 @@ _KNOWN = frozenset(
     for suffix in ("", "_per_layer")
 )
 _CALLER = "multi_steps"
+# What the strategies inside measure for themselves, unless they are told.
+_MEASURED = "grad_norm"
 
 
 class MetaMultiStepsState(NamedTuple):
@@ -95,8 +98,9 @@ def multi_steps(
       that `skip_spikes` inside drops that one update.
 
     What stays: the transformation inside is computed at every call, k - 1 times for nothing, and
-    the micro-batches count alike, so they should be of one size. ``grad_norm`` need not be passed:
-    a strategy that needs it measures that of the mean, which is lower than the mean of the norms.
+    the micro-batches count alike, so they should be of one size. ``grad_norm`` need not be passed,
+    and unless ``metrics`` names it, what is passed (by `skip_spikes` around this) stays outside: a
+    strategy that needs it measures that of the mean, which is lower than the mean of the norms.
 
     Args:
       tx: the transformation inside: the whole optimizer.
@@ -146,12 +150,13 @@ def multi_steps(
     )
 
     def init_fn(params: Any) -> MetaMultiStepsState:
-        return MetaMultiStepsState(
+        state = MetaMultiStepsState(
             layout_version=layout_version(),
             sums={name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()},
             weights={name: jnp.zeros([], jnp.float32) for name in shapes},
             multi_steps_state=multi.init(params),
         )
+        return place_like(state, params)
 
     def is_skipped(updates: Any, state: optax.MultiStepsState, params: Any) -> Bool[Array, ""]:
         if should_skip_update_fn is None:
@@ -161,6 +166,8 @@ def multi_steps(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, MetaMultiStepsState]:
+        if _MEASURED not in shapes:
+            extra_args.pop(_MEASURED, None)
         _check_names(extra_args, shapes)
         sums, weights = _add(state, extra_args, shapes)
         old = state.multi_steps_state

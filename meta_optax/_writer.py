@@ -13,6 +13,7 @@ import numpy as np
 
 from meta_optax import _checks
 from meta_optax._checks import Flag, Size
+from meta_optax._core import describe_kind, is_boolean_scalar, is_pair
 from meta_optax._decisions import Decision, decisions_of, format_decisions
 from meta_optax._files import EventFile, JsonLines, decision_key, import_tensorboard
 from meta_optax._gather import at_hand, gather
@@ -58,8 +59,8 @@ class MetricsWriter:
 
     Raises:
       ImportError: if tensorboardX is needed and missing.
-      FileExistsError: if there is a log already, and no ``resume_step``; or if ``folder`` is a
-        file. No log is ever overwritten.
+      FileExistsError: if there is a log already (``metrics.jsonl`` or an event file), and no
+        ``resume_step``; or if ``folder`` is a file. No log is ever overwritten.
       ValueError: for an argument outside its range, or if ``metrics.jsonl`` has a line of
         something else.
       OSError: if the files cannot be made or written; it names the path.
@@ -128,7 +129,8 @@ class MetricsWriter:
 
         Args:
           step: an integer, greater than that of the row before.
-          metrics: numbers or arrays by name, on the device or not.
+          metrics: numbers or arrays by name, on the device or not. Of a pair ``(value, flag)`` the
+            value is written where the flag is true, and nothing where it is not.
           opt_state: an optimizer's state, or as much of it as is to be told: the moments are not
             read, so ``state._replace(inner_state=())`` will do.
 
@@ -151,6 +153,10 @@ class MetricsWriter:
         step = self._check_step(step)
         row: dict[str, Number] = {}
         for name, value in zip(metrics, values, strict=True):
+            if is_pair(value):
+                value, has_arrived = _open_pair(name, value)
+                if not has_arrived:
+                    continue
             _add(row, summarise(name, value, self._max_layers))
         if found is None:
             self._put(step, row)
@@ -207,6 +213,17 @@ class MetricsWriter:
                 whole["decisions_lost"] = lost
             self._lines.write(whole)
         self._last = step
+
+
+def _open_pair(name: str, pair: tuple[Any, Any]) -> tuple[Any, bool]:
+    """The value of a pair, and whether it arrived."""
+    value, flag = pair
+    if not is_boolean_scalar(flag):
+        raise ValueError(
+            f"The metric {name!r} is a pair whose flag is {describe_kind(flag)}: it must be a "
+            "boolean scalar. Two numbers are an array."
+        )
+    return value, bool(flag)
 
 
 def _add(row: dict[str, Number], new: Mapping[str, Number]) -> None:

@@ -1,6 +1,7 @@
 """`adopt`: control for runs that were begun without it, against those that go on without."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -377,3 +378,56 @@ class TestErrors:
         tx = optax.chain(optax.adamw(0.1), mo.scale_by_meta(_idle()))
         with pytest.raises(ValueError, match="does not fit"):
             mo.adopt(state, tx, params())
+
+
+class TestMultiSteps:
+    def test_a_schedule_goes_on_from_the_updates_of_optax_multi_steps(self):
+        """160 micro-batches are 80 updates, and the schedule goes on at the 81st."""
+        p = jnp.ones(2)
+        old = optax.MultiSteps(optax.sgd(1.0, momentum=0.9), 2)
+        state = old.init(p)
+        for _ in range(160):
+            _, state = old.update(p, state, p)
+        schedule = optax.linear_schedule(1.0, 0.0, 100)
+        inject = mo.inject_meta_hyperparams(optax.sgd, mo.plateau())
+        tx = optax.MultiSteps(inject(schedule, momentum=0.9), 2)
+        adopted = mo.adopt(state, tx, p)
+        for _ in range(2):
+            _, adopted = tx.update(p, adopted, p, value=1.0)
+        rate = adopted.inner_opt_state.hyperparams["learning_rate"]
+        np.testing.assert_allclose(rate, 0.2, rtol=1e-6)
+
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_into_ours(self, wrapped):
+        p = jnp.ones(2)
+        old: Any = optax.MultiSteps(optax.adam(0.1), 2) if wrapped else optax.adam(0.1)
+        state = old.init(p)
+        for _ in range(4):
+            _, state = old.update(p, state, p)
+        inject = mo.inject_meta_hyperparams(optax.adam, mo.plateau())
+        tx = mo.multi_steps(inject(learning_rate=0.1), 2)
+        adopted = mo.adopt(state, tx, p)
+        inner = state.inner_opt_state if wrapped else state
+        own = adopted.multi_steps_state.inner_opt_state
+        np.testing.assert_array_equal(own.inner_state[0].mu, inner[0].mu)
+        assert int(own.count) == (2 if wrapped else 4)
+        tx.update(p, adopted, p, value=1.0)
+
+
+def test_free_params_stay_free():
+    """A state bound to a device would bind them at the first step: a second compile."""
+    p = jnp.ones(2)
+    old = optax.adamw(0.1)
+    tx = mo.inject_meta_hyperparams(optax.adamw, mo.plateau())(learning_rate=0.1)
+    state = mo.adopt(old.init(p), tx, p)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(state))
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(p, state):
+        updates, state = tx.update(p, state, p, value=jnp.float32(1.0))
+        return optax.apply_updates(p, updates), state
+
+    for _ in range(3):
+        p, state = step(p, state)
+    assert step._cache_size() == 1

@@ -135,10 +135,13 @@ def _test_kills(name, folder, *, steps, every, kills, seed):
     return hits
 
 
-def test_twenty_kills_and_not_a_bit_is_different(tmp_path):
-    """`expert_graph` at its default length, half of the kills while a checkpoint is written."""
-    hits = _test_kills("expert_graph.py", tmp_path, steps=1500, every=12, kills=22, seed=0)
-    assert hits >= 3
+@pytest.mark.parametrize(
+    ("steps", "kills"), [(500, 8), pytest.param(1500, 22, marks=pytest.mark.slow)]
+)
+def test_so_many_kills_and_not_a_bit_is_different(tmp_path, steps, kills):
+    """`expert_graph`, its default length last; half of the kills while a checkpoint is written."""
+    hits = _test_kills("expert_graph.py", tmp_path, steps=steps, every=12, kills=kills, seed=0)
+    assert hits >= kills // 8
 
 
 def test_train_moe_too(tmp_path):

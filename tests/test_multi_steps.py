@@ -205,6 +205,8 @@ def test_all_metrics_that_the_library_gives_are_known():
     p = jnp.ones(2)
     probs, index, mask, _ = routing(0, 2, 8, 4, 2)
     given = {**mo.router_metrics(probs, index, mask=mask), **dict.fromkeys(SHAPES, 1.0)}
+    # That of the mean is measured instead, below.
+    del given["grad_norm"]
     for name, value in given.items():
         with pytest.raises(ValueError, match=f"'{name}'"):
             tx.update(p, tx.init(p), p, **{name: value})
@@ -264,3 +266,31 @@ def test_reading_and_resetting_see_through_it():
         with pytest.raises(ValueError, match="layout version 1"):
             read(old)
     assert not hasattr(mo.multi_steps(optax.sgd(1.0), 2).init(jnp.ones(2)), "hyperparams")
+
+
+def test_a_norm_from_outside_is_not_the_means():
+    """`skip_spikes` around it passes the norm of each micro-batch; opposite ones have mean zero."""
+    inner = mo.inject_meta_hyperparams(optax.sgd, mo.plateau())(learning_rate=0.5)
+    tx = mo.skip_spikes(mo.multi_steps(inner, 2))
+    p = jnp.ones(2)
+    seen = {}
+    for name, outer in {"around": tx, "alone": mo.multi_steps(inner, 2)}.items():
+        state = outer.init(p)
+        for sign in (20.0, -20.0, 20.0, -20.0):
+            _, state = outer.update(sign * p, state, p, value=1.0)
+        seen[name] = mo.read_hyperparams(state)
+    assert seen["around"] == seen["alone"]
+    # Weight decay would have grown, had the norm of 28 been shown.
+    named = mo.multi_steps(inner, 2, metrics=("value", "grad_norm"))
+    state = named.init(p)
+    for _ in range(2):
+        _, state = named.update(p, state, p, value=1.0, grad_norm=28.0)
+
+
+def test_an_eager_init_lies_on_the_mesh_of_the_params():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    p = jax.device_put(jnp.ones(4), jax.NamedSharding(mesh, jax.P("data")))
+    inner = mo.inject_meta_hyperparams(optax.sgd, mo.plateau())(learning_rate=0.5)
+    state = mo.multi_steps(inner, 2).init(p)
+    for leaf in jax.tree.leaves(state):
+        assert isinstance(leaf.sharding, jax.NamedSharding)

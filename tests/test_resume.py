@@ -144,9 +144,28 @@ class TestRestore:
         assert said == []
         assert saved.steps() == [1, 2, 3]
 
-    def test_all_damaged_is_an_error_that_names_each(self, saved):
+    def test_a_run_killed_before_its_first_seal_starts_anew(self, saved, said):
+        """Nothing was said to be there; an explicit step is an error all the same."""
         for step in (1, 2, 3):
             (saved.folder / str(step) / "seal.json").unlink()
+        with pytest.raises(UserError, match=r"step 3: .*was never finished"):
+            saved.restore(_template, 3)
+        assert saved.restore(_template) is None
+        assert saved.steps() == []
+        assert len(said) == 3
+        assert (saved.folder / "3.damaged").is_dir()
+
+    def test_going_back_leaves_what_was_later(self, saved, said):
+        assert saved.restore(_template, 2).step == 2
+        saved.leave_later(2)
+        assert saved.steps() == [1, 2]
+        assert (saved.folder / "3.left" / "seal.json").exists()
+        assert len(said) == 1
+        assert "3.left" in said[0]
+
+    def test_all_damaged_is_an_error_that_names_each(self, saved):
+        for step in (1, 2, 3):
+            _empty(saved.folder / str(step) / "seal.json")
         with pytest.raises(UserError, match=r"step 3: .*step 2: .*step 1: "):
             saved.restore(_template)
         assert saved.steps() == [1, 2, 3]
@@ -220,7 +239,7 @@ class TestSave:
         own.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
         assert own.steps() == [1]
         with pytest.raises(UserError, match=r"seal\.json is missing"):
-            own.restore(_template)
+            own.restore(_template, 1)
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +287,29 @@ def test_a_longer_run_has_the_log_of_one_that_was_longer_from_the_start(options,
     ).read_bytes()
     summary = json.loads((tmp_path / "run" / "out" / "summary.json").read_text())
     assert (summary["steps"], summary["resumed_after"]) == (80, 60)
+
+
+def test_what_was_gone_back_behind_does_not_come_back(options, run):
+    """From step 20 on there is another run, however far the first one was."""
+    back = run_example(EXAMPLE, *["--steps", 30, *options[2:]], "--resume", 20)
+    assert back.returncode == 0, back.stderr
+    assert "40.left" in back.stdout
+    again = run_example(EXAMPLE, *options, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "resumed after step 30 " in again.stdout
+    log = options[-1].parent / "out" / "log.jsonl"
+    assert log.read_bytes() == (run / "out" / "log.jsonl").read_bytes()
+
+
+def test_a_broken_log_is_named(options):
+    log = options[-1].parent / "out" / "log.jsonl"
+    data = bytearray(log.read_bytes())
+    data[100:103] = bytes(3)
+    log.write_bytes(bytes(data))
+    again = run_example(EXAMPLE, *options, "--resume", 40)
+    assert again.returncode == 2
+    assert "log.jsonl has no record in line 1" in again.stderr
+    assert len(again.stderr.strip().splitlines()) == 1
 
 
 def test_log_that_was_lost_is_said_to_be(options, tmp_path):

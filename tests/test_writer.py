@@ -51,6 +51,45 @@ class TestRows:
         assert not any("gate_0_" in key for key in got)
         assert len(got) <= 1 + 3 * (len(metrics) + 4) + 1
 
+    def test_a_pair_is_written_where_it_arrived(self, tmp_path):
+        with make_writer(tmp_path) as writer:
+            writer.write(0, {"value": (jnp.float32(7.0), jnp.array(True)), "b": 1})
+            writer.write(1, {"value": (jnp.float32(9.0), jnp.array(False)), "b": 1})
+            with pytest.raises(ValueError, match=r"'value' is a pair whose flag is of type float"):
+                writer.write(2, {"value": (1.0, 2.0)})
+        assert lines_of(tmp_path) == [{"step": 0, "value": 7.0, "b": 1}, {"step": 1, "b": 1}]
+
+    def test_what_two_logs_lost(self, tmp_path):
+        """Each holds as many as it can; what is missing is counted over both."""
+
+        def moving(name):
+            def observe(state, metrics):
+                return state + 1.0
+
+            def apply(state, hyperparams):
+                return {**hyperparams, name: hyperparams[name] / (1.0 + state)}
+
+            return mo.MetaOptimizer(name, lambda: jnp.float32(0.0), observe, apply, ())
+
+        strategy = mo.chain(
+            mo.with_decisions(moving("learning_rate"), 2), mo.with_decisions(moving("b1"), 8)
+        )
+        tx = mo.inject_meta_hyperparams(optax.adam, strategy)(learning_rate=0.5)
+        p = jnp.ones(2)
+        state = tx.init(p)
+        with make_writer(tmp_path) as writer:
+            writer.write(0, {}, state)
+            for _ in range(5):
+                _, state = tx.update(p, state, p)
+            writer.write(5, {}, state)
+            _, state = tx.update(p, state, p)
+            writer.write(6, {}, state)
+        _, first, second = lines_of(tmp_path)
+        # Five and five were made, two and five are held.
+        assert (len(first["decisions"]), first["decisions_lost"]) == (7, 3)
+        assert len(second["decisions"]) == 2
+        assert "decisions_lost" not in second
+
     def test_both_files_say_the_same(self, tmp_path):
         tx = mo.skip_spikes(_logged())
         with make_writer(tmp_path, tensorboard=True) as writer:

@@ -25,6 +25,26 @@ class TestFiles:
             make_writer(tmp_path / "new", **{name: value})
         assert not (tmp_path / "new").exists()
 
+    def test_event_files_alone_are_not_mixed_either(self, tmp_path):
+        only_events = {"json_lines": False, "tensorboard": True}
+        make_writer(tmp_path, **only_events).close()
+        with pytest.raises(FileExistsError, match=r"events\.out.*resume_step"):
+            make_writer(tmp_path, **only_events)
+        make_writer(tmp_path, **only_events, resume_step=1).close()
+
+    def test_a_link_stays_one_and_an_error_leaves_no_copy(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        target, link = tmp_path / "elsewhere.jsonl", tmp_path / "run" / "metrics.jsonl"
+        target.write_text('{"step": 0}\n{"step": 1}\n')
+        link.symlink_to(target)
+        make_writer(tmp_path / "run", resume_step=1).close()
+        assert link.is_symlink()
+        assert target.read_text() == '{"step": 0}\n'
+        target.write_text('no row\n{"step": 1}\n')
+        with pytest.raises(ValueError, match="line 1"):
+            make_writer(tmp_path / "run", resume_step=1)
+        assert sorted(path.name for path in tmp_path.rglob("*.tmp")) == []
+
     def test_cloud_paths_are_refused(self):
         with pytest.raises(ValueError, match="gs://bucket/run"):
             make_writer("gs://bucket/run")
