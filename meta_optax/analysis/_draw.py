@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +55,25 @@ def save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
 
 
 def draw_line(axes: Axes, steps: Steps, values: Curve, **style: Any) -> Any:
-    """Draws values over steps, without those that are not finite; a lone one as a point."""
+    """Draws values over steps, without those that are not finite; a lone one as a point.
+
+    Args:
+      axes: what to draw on, of matplotlib.
+      steps: the steps.
+      values: one a step.
+      **style: what ``axes.plot`` takes.
+
+    Returns:
+      The line.
+
+    Example:
+      >>> import matplotlib.figure, numpy as np
+      >>> from meta_optax import analysis
+      >>> axes = matplotlib.figure.Figure().subplots()
+      >>> line = analysis.draw_line(axes, np.array([0, 10, 20]), np.array([2.0, np.nan, 1.0]))
+      >>> print(line.get_xdata())
+      [ 0 20]
+    """
     shown = np.isfinite(values)
     # A point between two that are not finite has no line; it would not show.
     style = {"marker": "o" if shown.sum() == 1 else "", **style}
@@ -64,7 +82,21 @@ def draw_line(axes: Axes, steps: Steps, values: Curve, **style: Any) -> Any:
 
 
 def draw_loss(axes: Axes, steps: Steps, losses: Mapping[str, Curve]) -> None:
-    """Draws a loss, and under a second label a smoothed one, on a logarithmic axis if it can be."""
+    """Draws a loss, on a logarithmic axis where it is above 0 and spans a factor of 3.
+
+    Args:
+      axes: what to draw on, of matplotlib.
+      steps: the steps.
+      losses: by label, one loss; or the loss of each batch and then a smoothed one.
+
+    Example:
+      >>> import matplotlib.figure, numpy as np
+      >>> from meta_optax import analysis
+      >>> axes = matplotlib.figure.Figure().subplots()
+      >>> analysis.draw_loss(axes, np.array([0, 10]), {"loss": np.array([2.0, 0.1])})
+      >>> print(axes.get_yscale())
+      log
+    """
     styles = ({"color": GREY, "lw": 0.8}, {"color": BLUE, "lw": 1.8})
     for (label, values), style in zip(losses.items(), styles[-len(losses) :], strict=True):
         draw_line(axes, steps, values, label=label, **style)
@@ -74,10 +106,25 @@ def draw_loss(axes: Axes, steps: Steps, losses: Mapping[str, Curve]) -> None:
         axes.legend(loc="upper right")
 
 
-def draw_rates(axes: Axes, steps: Steps, rates: Sequence[tuple[str, Curve, str]]) -> None:
-    """Draws learning rates, (label, values, colour), on a logarithmic axis with a legend on top."""
-    widths = (WIDE, *(NARROW for _ in rates[1:]))
-    for (label, values, color), width in zip(rates, widths, strict=True):
+def draw_rates(axes: Axes, steps: Steps, rates: Mapping[str, Curve]) -> None:
+    """Draws learning rates by label, the plain group's first, on a logarithmic axis.
+
+    Args:
+      axes: what to draw on, of matplotlib.
+      steps: the steps.
+      rates: the values of up to eight groups.
+
+    Example:
+      >>> import matplotlib.figure, numpy as np
+      >>> from meta_optax import analysis
+      >>> axes = matplotlib.figure.Figure().subplots()
+      >>> rates = {"dense": np.array([0.1, 0.05]), "gate": np.array([0.01, 0.01])}
+      >>> analysis.draw_rates(axes, np.array([0, 10]), rates)
+      >>> print([text.get_text() for text in axes.get_legend().get_texts()])
+      ['dense', 'gate']
+    """
+    widths = (WIDE, *(NARROW for _ in rates))
+    for (label, values), color, width in zip(rates.items(), COLORS, widths, strict=False):
         draw_line(axes, steps, values, color=color, lw=width, label=label)
     axes.set(title="Learning rate by group", xlabel="step", yscale="log")
     # Room above the lines, so that none runs behind the legend.
@@ -86,7 +133,21 @@ def draw_rates(axes: Axes, steps: Steps, rates: Sequence[tuple[str, Curve, str]]
 
 
 def draw_usage(axes: Axes, steps: Steps, usage: Float[np.ndarray, "rows experts"]) -> None:
-    """Draws the experts' shares of the load over time, a row an expert; what is NaN stays grey."""
+    """Draws the experts' shares of the load over time, a row an expert; what is NaN stays grey.
+
+    Args:
+      axes: what to draw on, of matplotlib; a scale of colours goes beside it.
+      steps: the steps, at least one.
+      usage: the shares, [steps, experts].
+
+    Example:
+      >>> import matplotlib.figure, numpy as np
+      >>> from meta_optax import analysis
+      >>> axes = matplotlib.figure.Figure().subplots()
+      >>> analysis.draw_usage(axes, np.array([0, 10]), np.array([[0.5, 0.5], [0.9, 0.1]]))
+      >>> print(axes.yaxis_inverted(), axes.get_title())
+      True Expert usage
+    """
     experts = usage.shape[1]
     # A row's colour reaches half-way to its neighbours; a lone one gets a step.
     last = max(steps[-1], steps[0] + 1.0)

@@ -95,7 +95,8 @@ def plot_hyperparameters(
     looks = _looks(log)
     for axes, (plain, members) in zip(grid[bool(loss) :], panels.items(), strict=True):
         for name, series in members.items():
-            wide = {"lw": _draw.WIDE, "zorder": 1.5} if name == plain else {}
+            beneath = name == plain and len(members) > 1
+            wide = {"lw": _draw.WIDE, "zorder": 1.5} if beneath else {}
             _draw_series(axes, log, series, label=name, color=_color(name), **wide)
             _mark_decisions(axes, log, name, looks)
         axes.set(ylabel=plain.replace("_", " "))
@@ -155,8 +156,9 @@ def plot_routing(
         for (name, series), color in zip(members.items(), _draw.COLORS, strict=False):
             _draw_series(axes, log, series, label=name, color=color)
         axes.set(title=title, xlabel="step")
-        axes.set_ylim(0.0, top or 1.05 * max(axes.get_ylim()[1], 0.01))
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
+        top = top or max(axes.get_ylim()[1], 0.01)
+        axes.set_ylim(-0.03 * top, top)  # A line at 0 stays apart from the axis.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     if "expert_usage" in log.values:
         shares = log.values["expert_usage"]
         layers = tuple(range(1, shares.ndim - 1))
@@ -246,7 +248,7 @@ def _hyperparam_panels(log: Log) -> tuple[dict[str, dict[str, _Series]], str]:
     panels: dict[str, dict[str, _Series]] = {}
     for name in sorted(series, key=lambda name: (len(name), name)):
         panels.setdefault(_plain(name), {})[name] = series[name]
-    first = [name for name in _BARE if name in panels]
+    first = [name for name in ("learning_rate", "weight_decay") if name in panels]
     decided = {_plain(decision.hyperparam) for decision in log.decisions}
     others = [name for name in sorted(panels) if name not in first]
     still = [name for name in others if name not in decided and not _moves(panels[name].values())]
@@ -310,7 +312,7 @@ def _mark_decisions(axes: Axes, log: Log, name: str, looks: Mapping[str, dict[st
         marked = [d for d in log.decisions if (any_layer(d.hyperparam), d.reason) == (name, reason)]
         if marked:
             steps, values = [d.step for d in marked], [d.new for d in marked]
-            axes.plot(steps, values, ls="", ms=5, mec="white", mew=0.4, zorder=3, **look)
+            axes.plot(steps, values, ls="", ms=4, mec="white", mew=0.3, zorder=3, **look)
 
 
 def _reasons(log: Log, looks: Mapping[str, dict[str, Any]]) -> list[Any]:
