@@ -5,12 +5,13 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from meta_optax import _checks
+from meta_optax._checks import Mode
 from meta_optax.analysis import _draw
 from meta_optax.analysis._draw import Curve, Figure, Steps
 from meta_optax.analysis._load import Log
@@ -89,7 +90,7 @@ def compare_runs(
     metric: str | None = None,
     path: str | os.PathLike[str] | None = None,
     *,
-    mode: Literal["min", "max"] = "min",
+    mode: Mode = "min",
 ) -> Comparison:
     r"""Compares runs by one logged metric, each of one seed or of several.
 
