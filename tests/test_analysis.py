@@ -132,7 +132,7 @@ class TestLoadLog:
         ]
         log = analysis.load_log(_write(tmp_path / "x.jsonl", *rows, *again))
         assert log.steps.tolist() == [0, 10, 15, 25]
-        assert log.values["loss"].tolist() == [0, 10, -15, -25]
+        assert log.values["loss"].tolist() == [0, 10, -1, -2]
         (decision,) = log.decisions
         assert decision[:3] == (4, "learning_rate", 2.0)
         assert math.isnan(decision.new)

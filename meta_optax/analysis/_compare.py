@@ -281,7 +281,7 @@ def _plot(
         if len(values) > 1:
             low, high = _quantile(values, 0.25), _quantile(values, 0.75)
             axes.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
-    _draw.set_log_axis(axes, *middles)
+    _draw.set_log_axis(axes, np.concatenate(middles))
     axes.set(xlabel="step", ylabel=metric)
     figure.legend(loc="outside right upper", frameon=False)
     return figure

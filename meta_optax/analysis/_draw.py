@@ -100,7 +100,7 @@ def draw_loss(axes: Axes, steps: Steps, losses: Mapping[str, Curve]) -> None:
     styles = ({"color": GREY, "lw": 0.8}, {"color": BLUE, "lw": 1.8})
     for (label, values), style in zip(losses.items(), styles[-len(losses) :], strict=True):
         draw_line(axes, steps, values, label=label, **style)
-    set_log_axis(axes, *losses.values())
+    set_log_axis(axes, np.concatenate([*losses.values()]))
     axes.set(title="Loss", xlabel="step")
     if len(losses) > 1:
         axes.legend(loc="upper right")
@@ -164,7 +164,7 @@ def draw_usage(axes: Axes, steps: Steps, usage: Float[np.ndarray, "rows experts"
     axes.figure.colorbar(mesh, ax=axes, label=f"share of slots (even: {even:.3g})")
 
 
-def set_log_axis(axes: Axes, *drawn: Curve) -> None:
+def set_log_axis(axes: Axes, drawn: Float[np.ndarray, " values"]) -> None:
     """Makes the y axis logarithmic, labelled in plain numbers, where values span a factor of 3.
 
     The first steps of a loss would flatten all that follows on a linear axis. What is not above 0
@@ -172,7 +172,7 @@ def set_log_axis(axes: Axes, *drawn: Curve) -> None:
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
-    values = np.concatenate([values[np.isfinite(values)] for values in drawn])
+    values = drawn[np.isfinite(drawn)]
     if not values.size or values.min() <= 0 or values.max() < 3 * values.min():
         return
     axes.set_yscale("log")
