@@ -22,6 +22,7 @@ def assert_apart(figure):
     """No panel, label of an axis or legend outside of panels lies on another or off the figure."""
     figure.draw_without_rendering()
     boxes = {f"legend {one}": one.get_window_extent() for one in figure.legends}
+    boxes |= {f"text {text.get_text()}": text.get_window_extent() for text in figure.texts}
     for index, axes in enumerate(figure.axes):
         boxes[f"panel {index}"] = axes.get_window_extent()
         boxes[f"x label {index}"] = axes.xaxis.label.get_window_extent()

@@ -232,7 +232,7 @@ class TestPlotHyperparameters:
         np.testing.assert_array_equal(
             line.get_ydata(), log.values["hyperparams/gate_learning_rate"]
         )
-        assert "b1 0.9" in figure.axes[-1].get_xlabel()
+        assert "b1=0.9" in figure.axes[-1].get_xlabel()
 
     def test_each_decision_is_marked_and_counted(self, trained):
         log = analysis.load_log(trained[0])
@@ -285,6 +285,11 @@ class TestPlotHyperparameters:
         texts = texts_of_legend(figure.legends[0])
         assert len(texts) == 13
         assert texts[-1] == "8 other reasons (8)"
+        assert_apart(figure)
+
+    def test_what_never_changed_is_told_though_not_in_each_row(self):
+        log = make_log(hyperparams__b1=[np.nan, 0.9], hyperparams__learning_rate=[1, 2])
+        assert "unchanged: b1=0.9" in analysis.plot_hyperparameters(log).axes[-1].get_xlabel()
 
     def test_nan_rows_are_counted(self):
         figure = analysis.plot_hyperparameters(

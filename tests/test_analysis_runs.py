@@ -218,7 +218,7 @@ class TestCurves:
         assert (tmp_path / "new" / "a.png").stat().st_size > 1000
         (axes,) = figure.axes
         assert axes.get_yscale() == "log"
-        assert texts_of_legend(figure.legends[0]) == ["fixed", "ours (5 seeds)"]
+        assert texts_of_legend(axes.get_legend()) == ["fixed", "ours (5 seeds)"]
         lines = lines_of_axes(axes)
         np.testing.assert_allclose(lines["ours (5 seeds)"].get_ydata(), [10, 3])
         assert lines["fixed"].get_color() != lines["ours (5 seeds)"].get_color()
@@ -235,10 +235,12 @@ class TestCurves:
         assert line.get_ydata().tolist() == [3, 1]
 
     def test_more_runs_than_colours_stay_apart(self):
-        logs = {f"run {i}": make_log(loss=[2.0, 1.0 + i]) for i in range(18)}
-        (axes,) = analysis.compare_runs(logs).figure.axes
+        logs = {f"a long name of run {i}": make_log(loss=[2.0, 1.0 + i]) for i in range(18)}
+        figure = analysis.compare_runs(logs).figure
+        (axes,) = figure.axes
         looks = {(line.get_color(), line.get_linestyle()) for line in axes.lines}
         assert len(looks) == 18
+        assert_apart(figure)
 
 
 class TestBadInput:

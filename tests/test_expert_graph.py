@@ -263,7 +263,7 @@ class TestShortRun:
         hyperparams = analysis.plot_hyperparameters(log)
         assert list(by_label(hyperparams)) == ["loss", "learning rate", "weight decay"]
         assert set(lines_of_axes(hyperparams.axes[0])) == {"loss", "smoothed_loss"}
-        assert "aux_loss_weight 0.03" in hyperparams.axes[-1].get_xlabel()
+        assert "aux_loss_weight=0.03" in hyperparams.axes[-1].get_xlabel()
         routing = analysis.plot_routing(log)
         assert "Expert usage" in [axes.get_title() for axes in routing.axes]
         assert_apart(hyperparams)

@@ -269,8 +269,8 @@ def _plot(
     """The median of each run over the steps, with a band of the middle half of its seeds."""
     seeds = max(len(values) for _, values in curves.values())
     over = "" if seeds == 1 else ": median and middle half of the seeds"
-    figure, (axes,) = _draw.make_figure(1, 1, f"{metric}{over}")
-    figure.set_figheight(4.5)
+    figure, (axes,) = _draw.make_figure(1, 1)
+    figure.set_figheight(max(4.5, 0.25 * len(curves) + 1.0))  # as high as the legend
     middles = []
     for index, (name, (steps, values)) in enumerate(curves.items()):
         color = _draw.COLORS[index % len(_draw.COLORS)]
@@ -282,6 +282,6 @@ def _plot(
             low, high = _quantile(values, 0.25), _quantile(values, 0.75)
             axes.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
     _draw.set_log_axis(axes, np.concatenate(middles))
-    axes.set(xlabel="step", ylabel=metric)
-    figure.legend(loc="outside right upper", frameon=False)
+    axes.set(title=f"{metric}{over}", xlabel="step", ylabel=metric)
+    _draw.add_legend(axes)
     return figure

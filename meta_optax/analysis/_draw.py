@@ -25,7 +25,7 @@ Curve = Float[np.ndarray, " rows"]
 Steps = Real[np.ndarray, " rows"]
 
 
-def make_figure(panels: int, columns: int, title: str) -> tuple[Figure, list[Axes]]:
+def make_figure(panels: int, columns: int, title: str = "") -> tuple[Figure, list[Axes]]:
     """A figure of panels in so many columns, the first of each row leftmost, and its axes.
 
     Raises:
@@ -43,7 +43,8 @@ def make_figure(panels: int, columns: int, title: str) -> tuple[Figure, list[Axe
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[panels:]:
         axes.remove()
-    figure.suptitle(title)
+    if title:
+        figure.suptitle(title)
     return figure, grid[:panels]
 
 
@@ -183,3 +184,8 @@ def set_log_axis(axes: Axes, drawn: Float[np.ndarray, " values"]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def add_legend(axes: Axes) -> None:
+    """The legend on the right of a panel, where nothing is drawn."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)

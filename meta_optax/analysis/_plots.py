@@ -95,18 +95,22 @@ def plot_hyperparameters(
     looks = _looks(log)
     for axes, (plain, members) in zip(grid[bool(loss) :], panels.items(), strict=True):
         for name, series in members.items():
-            beneath = name == plain and len(members) > 1
-            wide = {"lw": _draw.WIDE, "zorder": 1.5} if beneath else {}
+            first = name == plain and len(members) > 1
+            wide = {"lw": _draw.WIDE, "zorder": 1.5} if first else {}
             _draw_series(axes, log, series, label=name, color=_color(name), **wide)
             _mark_decisions(axes, log, name, looks)
         axes.set(ylabel=plain.replace("_", " "))
         lows = np.concatenate([series.low for series in members.values()])
         if plain == "learning_rate" and np.any(lows > 0):
             axes.set_yscale("log", nonpositive="mask")
-        _add_legend(axes)
-    grid[-1].set_xlabel("\n".join(["step", *textwrap.wrap(unchanged, 110)]))
+        _draw.add_legend(axes)
+    beneath = textwrap.wrap(unchanged, 100, break_on_hyphens=False)
+    grid[-1].set_xlabel("\n".join(["step", *beneath]))
     if looks:
-        figure.legend(handles=_reasons(log, looks), loc="outside lower left", ncols=2)
+        reasons = _reasons(log, looks)
+        figure.legend(handles=reasons, loc="outside lower left", ncols=2)
+        # Panels keep their height, however many reasons there are.
+        figure.set_figheight(figure.get_figheight() + 0.12 * len(reasons) + 0.2 * len(beneath))
     _draw.save(figure, path)
     return figure
 
@@ -209,7 +213,7 @@ def _hyperparams(log: Log) -> dict[str, _Series]:
     own = prefixed or {
         key: array
         for key, array in log.values.items()
-        if _plain(key.removesuffix("/min")) in _BARE or any_layer(key) in decided
+        if _plain(key) in _BARE or any_layer(key) in decided
     }
     nothing = np.full(len(log.steps), np.nan)
     series = {name: _Series(nothing, nothing, nothing) for name in sorted(decided)}
@@ -255,7 +259,9 @@ def _hyperparam_panels(log: Log) -> tuple[dict[str, dict[str, _Series]], str]:
     if len(still) == len(panels):
         still = []  # They are all that there is to see.
     kept = {name: panels[name] for name in (*first, *others) if name not in still}
-    values = [f"{name} {series[name].mean[0]:g}" for plain in still for name in panels[plain]]
+    values = [
+        f"{name}={np.fmax.reduce(series[name].mean):g}" for plain in still for name in panels[plain]
+    ]
     return kept, f"unchanged: {', '.join(values)}" if values else ""
 
 
@@ -282,7 +288,7 @@ def _draw_losses(axes: Axes, log: Log, name: str) -> None:
         labelled[f"{key} (not finite in {missing} rows)" if missing else key] = values
     _draw.draw_loss(axes, log.steps, labelled)
     axes.set(title="", xlabel="", ylabel=name)
-    _add_legend(axes)
+    _draw.add_legend(axes)
 
 
 def _draw_series(axes: Axes, log: Log, series: _Series, **style: Any) -> None:
@@ -328,8 +334,3 @@ def _reasons(log: Log, looks: Mapping[str, dict[str, Any]]) -> list[Any]:
     return [
         Line2D([], [], ls="", ms=6, label=text, **looks[reason]) for reason, text in texts.items()
     ]
-
-
-def _add_legend(axes: Axes) -> None:
-    """The legend on the right of a panel, where nothing is drawn."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)
