@@ -256,10 +256,14 @@ class TestPlotHyperparameters:
     def test_layers_are_a_mean_in_a_band(self):
         by_layer = {f"hyperparams__gate_{i}_learning_rate": [0.1 * (i + 1)] * 3 for i in range(3)}
         decision = mo.Decision(1, "gate_1_learning_rate", 0.3, 0.2, "expert_gate: entropy")
-        log = make_log(decisions=[decision], hyperparams__learning_rate=[1, 1, 1], **by_layer)
+        whole = {f"hyperparams__{form}learning_rate": [1, 1, 1] for form in ("", "gate_")}
+        log = make_log(decisions=[decision], **whole, **by_layer)
         (axes,) = analysis.plot_hyperparameters(log).axes
-        assert set(lines_of_axes(axes)) == {"learning_rate", "gate_*_learning_rate"}
+        names = {"learning_rate", "gate_learning_rate", "gate_*_learning_rate"}
+        assert set(lines_of_axes(axes)) == names
         np.testing.assert_allclose(lines_of_axes(axes)["gate_*_learning_rate"].get_ydata(), 0.2)
+        looks = {(line.get_color(), line.get_linestyle()) for line in lines_of_axes(axes).values()}
+        assert len(looks) == 3
         (band,) = axes.collections
         heights = band.get_paths()[0].vertices[:, 1]
         np.testing.assert_allclose([heights.min(), heights.max()], [0.1, 0.3])
@@ -310,6 +314,10 @@ class TestPlotHyperparameters:
         (axes,) = analysis.plot_hyperparameters(log).axes
         assert axes.get_yscale() == "linear"
         assert len(axes.lines) == 1
+
+    def test_a_loss_that_is_no_number_a_row_is_left_out(self):
+        log = make_log(value=[[1, 2]], loss=[3], smoothed_loss=[[1, 2]], learning_rate=[1])
+        assert list(by_label(analysis.plot_hyperparameters(log))) == ["loss", "learning rate"]
 
     def test_a_log_without_hyperparameters(self):
         with pytest.raises(ValueError, match=r"run.log\.jsonl has no hyperparameters"):

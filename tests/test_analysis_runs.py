@@ -102,6 +102,11 @@ class TestPlotRouting:
         (mesh,) = figure.axes[0].collections
         np.testing.assert_allclose(np.ravel(mesh.get_array()), [0.25, 0.75])
 
+    def test_what_is_logged_in_part_is_no_reason_to_fail(self):
+        log = make_log(expert_usage=[0.5, 0.25], gate_entropy__mean=[1.0, 1.0])
+        (axes,) = analysis.plot_routing(log).axes
+        assert axes.lines[0].get_ydata().tolist() == [0.5, 0.25]
+
     def test_nan_is_left_blank(self):
         usage = [[0.5, 0.5], [np.nan, np.nan]]
         figure = analysis.plot_routing(make_log(expert_usage=usage, max_violation=[np.nan, 1.0]))

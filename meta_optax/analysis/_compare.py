@@ -15,7 +15,7 @@ from meta_optax._checks import Mode
 from meta_optax.analysis import _draw
 from meta_optax.analysis._draw import Curve, Figure, Steps
 from meta_optax.analysis._load import Log
-from meta_optax.analysis._plots import LOSSES, as_log
+from meta_optax.analysis._plots import LOSSES, as_log, is_curve
 
 _LEVEL = 0.95
 _LEAST_SEEDS = 3  # for an interval: two values say next to nothing of their spread
@@ -166,19 +166,15 @@ def _metric(runs: Mapping[str, Sequence[Log]], metric: str | None) -> str:
     """The metric's name, which every log has with one number a row."""
     logs = [log for seeds in runs.values() for log in seeds]
     wanted = LOSSES if metric is None else (metric,)
-    found = [name for name in wanted if all(_is_curve(log, name) for log in logs)]
+    found = [name for name in wanted if all(is_curve(log, name) for log in logs)]
     if found:
         return found[0]
-    lacking = next(log for log in logs if not all(_is_curve(log, name) for name in wanted))
-    there = ", ".join(name for name in sorted(lacking.values) if _is_curve(lacking, name))
+    lacking = next(log for log in logs if not all(is_curve(log, name) for name in wanted))
+    there = ", ".join(name for name in sorted(lacking.values) if is_curve(lacking, name))
     raise ValueError(
         f"metric must be in every log: {lacking.path} has no {' and no '.join(wanted)} with a "
         f"number a row, but {there or 'nothing'}."
     )
-
-
-def _is_curve(log: Log, name: str) -> bool:
-    return name in log.values and log.values[name].ndim == 1
 
 
 def _common(

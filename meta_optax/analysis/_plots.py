@@ -50,6 +50,11 @@ def as_log(log: Log | str | os.PathLike[str]) -> Log:
     return log if isinstance(log, Log) else load_log(log)
 
 
+def is_curve(log: Log, name: str) -> bool:
+    """Whether the log has one number a row under that name."""
+    return name in log.values and log.values[name].ndim == 1
+
+
 def plot_hyperparameters(
     log: Log | str | os.PathLike[str], path: str | os.PathLike[str] | None = None
 ) -> Figure:
@@ -86,7 +91,7 @@ def plot_hyperparameters(
     """
     log = as_log(log)
     panels, unchanged = _hyperparam_panels(log)
-    loss = next((name for name in LOSSES if name in log.values), None)
+    loss = next((name for name in LOSSES if is_curve(log, name)), None)
     figure, grid = _draw.make_figure(len(panels) + bool(loss), 1, _title(log))
     for axes in grid[:-1]:
         axes.sharex(grid[-1])
@@ -96,8 +101,10 @@ def plot_hyperparameters(
     for axes, (plain, members) in zip(grid[bool(loss) :], panels.items(), strict=True):
         for name, series in members.items():
             first = name == plain and len(members) > 1
-            wide = {"lw": _draw.WIDE, "zorder": 1.5} if first else {}
-            _draw_series(axes, log, series, label=name, color=_color(name), **wide)
+            style = {"lw": _draw.WIDE, "zorder": 1.5} if first else {}
+            # A group's layers have its colour.
+            style["ls"] = "--" if "_*_" in name else "-"
+            _draw_series(axes, log, series, label=name, color=_color(name), **style)
             _mark_decisions(axes, log, name, looks)
         axes.set(ylabel=plain.replace("_", " "))
         lows = np.concatenate([series.low for series in members.values()])
@@ -163,8 +170,8 @@ def plot_routing(
         top = top or max(axes.get_ylim()[1], 0.01)
         axes.set_ylim(-0.03 * top, top)  # A line at 0 stays apart from the axis.
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
-    if "expert_usage" in log.values:
-        shares = log.values["expert_usage"]
+    shares = log.values.get("expert_usage")
+    if shares is not None and shares.ndim > 1:
         layers = tuple(range(1, shares.ndim - 1))
         _draw.draw_usage(grid[-1], log.steps, shares.mean(axis=layers) if layers else shares)
     elif usage is not None:
@@ -181,13 +188,11 @@ def _title(log: Log) -> str:
 
 def _series(values: Values, name: str) -> _Series | None:
     """A quantity, over all that it has beside the steps; None if it is not there."""
-    if name in values:
-        arrays = (values[name],) * 3
-    elif f"{name}/mean" in values:
-        arrays = tuple(values[f"{name}/{part}"] for part in ("min", "mean", "max"))
-    else:
+    parts = [f"{name}/{part}" for part in ("min", "mean", "max")]
+    keys = [name] * 3 if name in values else [part for part in parts if part in values]
+    if len(keys) < 3:
         return None
-    low, mean, high = (array.reshape(len(array), -1) for array in arrays)
+    low, mean, high = (values[key].reshape(len(values[key]), -1) for key in keys)
     return _Series(low=low.min(axis=1), mean=mean.mean(axis=1), high=high.max(axis=1))
 
 
@@ -280,7 +285,7 @@ def _color(name: str) -> str:
 def _draw_losses(axes: Axes, log: Log, name: str) -> None:
     """Draws the loss and, if there is one, what the controller was shown instead."""
     losses = {name: log.values[name]}
-    if "smoothed_loss" in log.values:
+    if is_curve(log, "smoothed_loss"):
         losses["smoothed_loss"] = log.values["smoothed_loss"]
     labelled = {}
     for key, values in losses.items():
