@@ -101,10 +101,9 @@ def plot_hyperparameters(
     for axes, (plain, members) in zip(grid[bool(loss) :], panels.items(), strict=True):
         for name, series in members.items():
             first = name == plain and len(members) > 1
-            style = {"lw": _draw.WIDE, "zorder": 1.5} if first else {}
-            # A group's layers have its colour.
-            style["ls"] = "--" if "_*_" in name else "-"
-            _draw_series(axes, log, series, label=name, color=_color(name), **style)
+            wide = {"lw": _draw.WIDE, "zorder": 1.5} if first else {}
+            dashes = "--" if "_*_" in name else "-"  # A group's layers have its colour.
+            _draw_series(axes, log, series, label=name, color=_color(name), ls=dashes, **wide)
             _mark_decisions(axes, log, name, looks)
         axes.set(ylabel=plain.replace("_", " "))
         lows = np.concatenate([series.low for series in members.values()])
