@@ -10,19 +10,15 @@ from command_line import writing
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator
+
+from meta_optax import analysis
+from meta_optax.analysis import BLUE, GREEN, GREY, RED
 
 Records = Sequence[dict[str, Any]]
 Draw = Callable[[Axes, Records], None]
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in print.
-BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
-
-RATES = {
-    "dense": ("learning_rate", BLUE),
-    "gate": ("gate_learning_rate", RED),
-    "expert": ("expert_learning_rate", GREEN),
-}
+# The scripts that draw pages take these from here.
+__all__ = ["BLUE", "GREEN", "GREY", "RED"]
 
 
 def column(records: Records, name: str) -> np.ndarray:
@@ -32,36 +28,22 @@ def column(records: Records, name: str) -> np.ndarray:
 
 def draw_line(axes: Axes, records: Records, name: str, **style: Any) -> Line2D:
     """Draws one logged quantity over the steps; a lone record as a point, or it would not show."""
-    marker = "o" if len(records) == 1 else ""
-    (line,) = axes.plot(column(records, "step"), column(records, name), marker=marker, **style)
-    return line
+    return analysis.draw_line(axes, column(records, "step"), column(records, name), **style)
 
 
 def draw_loss(axes: Axes, records: Records, *, unit: str) -> None:
     """Draws the loss of each logged batch, and the smoothed one that the controller was shown."""
-    draw_line(axes, records, "loss", color=GREY, lw=0.8, label="one batch")
-    draw_line(axes, records, "smoothed_loss", color=BLUE, lw=1.8, label="smoothed")
-    # The first steps would flatten all that follows on a linear axis.
-    axes.set_yscale("log")
-    lowest, highest = axes.get_ylim()
-    narrow = highest < 30 * lowest  # A wider range has room for fewer labels a decade.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.set(title="Loss", xlabel="step", ylabel=unit)
-    axes.legend(loc="upper right")
+    losses = {"one batch": "loss", "smoothed": "smoothed_loss"}
+    curves = {label: column(records, name) for label, name in losses.items()}
+    analysis.draw_loss(axes, column(records, "step"), curves)
+    axes.set_ylabel(unit)
 
 
 def draw_rates(axes: Axes, records: Records, *, dense: str = "dense") -> None:
     """Draws the learning rate of every group on a logarithmic axis; `dense` names the plain one."""
-    names = {"dense": dense}
-    widths = (4.0, 1.8, 1.8)  # Groups may share a rate: the wider line stays visible beneath.
-    for (group, (name, color)), width in zip(RATES.items(), widths, strict=True):
-        draw_line(axes, records, name, color=color, lw=width, label=names.get(group, group))
-    axes.set(title="Learning rate by group", xlabel="step", yscale="log")
-    # Room above the lines, so that none runs behind the legend.
-    axes.set_ylim(top=3 * axes.get_ylim()[1])
-    axes.legend(loc="upper center", ncols=3)
+    names = {dense: "", "gate": "gate_", "expert": "expert_"}
+    rates = {label: column(records, f"{form}learning_rate") for label, form in names.items()}
+    analysis.draw_rates(axes, column(records, "step"), rates)
 
 
 def draw_gate(axes: Axes, records: Records, *, unit: str = "tokens") -> None:
@@ -83,16 +65,7 @@ def draw_gate(axes: Axes, records: Records, *, unit: str = "tokens") -> None:
 
 def draw_usage(axes: Axes, records: Records) -> None:
     """Draws the experts' shares of the load over time."""
-    usage = np.stack([record["expert_usage"] for record in records], axis=1)
-    steps, experts = column(records, "step"), len(usage)
-    # A record's colour reaches half-way to its neighbours; a lone one gets a step.
-    edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, [max(steps[-1], 1.0)]])
-    even = 1.0 / experts
-    highest = max(2 * even, float(usage.max()))
-    mesh = axes.pcolormesh(edges, np.arange(experts + 1) - 0.5, usage, vmin=0.0, vmax=highest)
-    axes.set(title="Expert usage", xlabel="step", ylabel="expert", yticks=range(experts))
-    axes.invert_yaxis()
-    axes.figure.colorbar(mesh, ax=axes, label=f"share of slots (even: {even:.3g})")
+    analysis.draw_usage(axes, column(records, "step"), column(records, "expert_usage"))
 
 
 def draw_accuracy(axes: Axes, records: Records) -> None:

@@ -4,7 +4,10 @@ import json
 import pathlib
 import struct
 
+import numpy as np
+
 import meta_optax as mo
+from meta_optax import analysis
 
 
 def lines_of(folder):
@@ -53,3 +56,11 @@ def texts_of(folder):
 
 def make_writer(folder, **kwargs):
     return mo.MetricsWriter(folder, **{"tensorboard": False, **kwargs})
+
+
+def make_log(path="run/log.jsonl", steps=None, decisions=(), **values):
+    """A log of what is given by key; a slash in a key is a double underscore."""
+    arrays = {key.replace("__", "/"): np.asarray(one, float) for key, one in values.items()}
+    rows = len(next(iter(arrays.values())))
+    steps = np.arange(rows) if steps is None else np.asarray(steps)
+    return analysis.Log(pathlib.Path(path), steps, arrays, list(decisions))

@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 from as_run import assert_picture, interrupt_example, read_log, read_summary, run_example
+from figure_artists import assert_apart, by_label, lines_of_axes
 
 import meta_optax as mo
+from meta_optax import analysis
 
 nnx = pytest.importorskip("flax.nnx", exc_type=Exception)
 pytest.importorskip("sklearn")
@@ -247,6 +249,25 @@ class TestShortRun:
         assert len(rates) == 3
         assert log[-1]["loss"] < 0.5 * log[0]["loss"]
         assert log[-1]["test_accuracy"] > 0.85
+
+    def test_analysis_reads_and_draws_it(self, short_run):
+        out, rows = short_run[0], read_log(short_run[0])
+        log = analysis.load_log(out)
+        assert log.path == out / "log.jsonl"
+        assert log.steps.tolist() == [row["step"] for row in rows]
+        assert set(log.values) == set(rows[0]) - {"step"}
+        for name, values in log.values.items():
+            np.testing.assert_array_equal(values, [row[name] for row in rows])
+        told = [decision._asdict() for decision in log.decisions]
+        assert told == read_summary(out)["decisions"]
+        hyperparams = analysis.plot_hyperparameters(log)
+        assert list(by_label(hyperparams)) == ["loss", "learning rate", "weight decay"]
+        assert set(lines_of_axes(hyperparams.axes[0])) == {"loss", "smoothed_loss"}
+        assert "aux_loss_weight=0.03" in hyperparams.axes[-1].get_xlabel()
+        routing = analysis.plot_routing(log)
+        assert "Expert usage" in [axes.get_title() for axes in routing.axes]
+        assert_apart(hyperparams)
+        assert_apart(routing)
 
     def test_summary_and_picture(self, short_run):
         out, _ = short_run
