@@ -356,6 +356,7 @@ def test_folder_that_cannot_be_written(tmp_path):
     assert "--checkpoint-dir /proc/no/such: cannot write there" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
     """Eight devices, then one, then four: the losses are those of one device throughout."""
     pytest.importorskip("grain")
