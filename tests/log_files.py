@@ -58,9 +58,9 @@ def make_writer(folder, **kwargs):
     return mo.MetricsWriter(folder, **{"tensorboard": False, **kwargs})
 
 
-def make_log(path="run/log.jsonl", steps=None, decisions=(), **values):
+def make_log(path="run/log.jsonl", steps=None, decisions=(), absent=(), **values):
     """A log of what is given by key; a slash in a key is a double underscore."""
     arrays = {key.replace("__", "/"): np.asarray(one, float) for key, one in values.items()}
     rows = len(next(iter(arrays.values())))
     steps = np.arange(rows) if steps is None else np.asarray(steps)
-    return analysis.Log(pathlib.Path(path), steps, arrays, list(decisions))
+    return analysis.Log(pathlib.Path(path), steps, arrays, list(decisions), dict(absent))

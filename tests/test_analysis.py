@@ -107,7 +107,13 @@ class TestLoadLog:
 
     def test_null_and_what_a_row_lacks_are_nan(self, tmp_path):
         rows = ({"step": 0, "a": 1, "b": [1, None]}, {"step": 1, "a": None}, {"step": 2, "c": True})
-        values = analysis.load_log(_write(tmp_path / "x.jsonl", *rows)).values
+        log = analysis.load_log(_write(tmp_path / "x.jsonl", *rows))
+        values = log.values
+        assert {key: steps.tolist() for key, steps in log.absent.items()} == {
+            "a": [2],
+            "b": [1, 2],
+            "c": [0, 1],
+        }
         np.testing.assert_array_equal(values["a"], [1, np.nan, np.nan])
         np.testing.assert_array_equal(values["b"], [[1, np.nan], [np.nan] * 2, [np.nan] * 2])
         np.testing.assert_array_equal(values["c"], [np.nan, np.nan, 1])
@@ -199,6 +205,11 @@ class TestBadLogs:
             ([{"step": True}], "line 1, is no row of a log"),
             ([{"step": 0, "a": 1}, {"step": 1, "a": [1]}], r"line 2: 'a' has shape \(1,\)"),
             ([{"step": 0, "a": [1, [2]]}], "line 1: 'a' must be a number or an array"),
+            (
+                [{"step": 0}, {"step": 1, "a": 10**400}],
+                "line 2: 'a' must be .* none larger than a float",
+            ),
+            ([{"step": 10**20}], "a step that is no 64-bit integer"),
             ([{"step": 0, "decisions": [{"step": 0}]}], "a decision must have step, hyperparam"),
             ([{"step": 0, "decisions": 3}], "a decision must have .* got 3"),
         ],

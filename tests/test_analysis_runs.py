@@ -130,8 +130,8 @@ class TestSummaries:
         ours = make_log(loss=[8, 1, np.nan, 2.6], decisions=[decision])
         one, two = analysis.compare_runs({"fixed": fixed, "ours": ours}).runs
         # The last tenth of 23 rows is three, of four rows one.
-        assert one == ("fixed", 1, 13 / 3, None, 1.0, 3.0, 200, 0, 0, 0)
-        assert two == ("ours", 1, 2.6, None, 2.6 / (13 / 3), 1.0, 1, 1, 1, 0)
+        assert one == ("fixed", 1, 13 / 3, None, 1.0, 3.0, 200, 0, 0, 0, None)
+        assert two == ("ours", 1, 2.6, None, 2.6 / (13 / 3), 1.0, 1, 1, 1, 0, None)
 
     def test_seeds_are_one_run(self):
         losses = ([5.0, 1.0], [3.0, 2.0], [4.0, 6.0], [1.0, 9.0])
@@ -139,8 +139,13 @@ class TestSummaries:
         (run,) = analysis.compare_runs({"ours": seeds}).runs
         assert run[:3] == ("ours", 4, 4.0)
         assert (run.best, run.best_step) == (3.5, 0)
+        # Widened for four seeds, as the intervals of the comparison are.
         expected = stats.bootstrap(
-            ([1.0, 2.0, 6.0, 9.0],), np.median, method="percentile", rng=np.random.default_rng(0)
+            ([1.0, 2.0, 6.0, 9.0],),
+            np.median,
+            confidence_level=1 - 2 * stats.norm.cdf((4 / 3) ** 0.5 * stats.t.ppf(0.025, 3)),
+            method="percentile",
+            rng=np.random.default_rng(0),
         ).confidence_interval
         assert run.interval == pytest.approx((expected.low, expected.high))
         assert run.interval[0] < 4.0 < run.interval[1]
@@ -160,6 +165,34 @@ class TestSummaries:
         assert np.isnan(fixed.final)
         assert np.isnan(ours.ratio)
         assert (fixed.best, fixed.best_step, fixed.lost) == (1.0, 0, 1)
+
+    def test_only_rows_that_have_the_metric_count(self, tmp_path):
+        now_and_then = {0: 4.0, 50: None, 60: 2.0, 90: 3.0}
+        for name, every in (("sparse", 1), ("plain", 10)):
+            with make_writer(tmp_path / name) as writer:
+                for step in range(0, 100, every):
+                    entry = {"validation": now_and_then[step]} if step in now_and_then else {}
+                    if entry.get("validation", 0) is None:
+                        entry = {"validation": np.nan}
+                    writer.write(step, {"loss": 1.0, **entry})
+        logs = {name: tmp_path / name for name in ("sparse", "plain")}
+        runs = analysis.compare_runs(logs, "validation", target=3.0).runs
+        for run in runs:
+            assert run[1:] == (1, 3.0, None, 1.0, 2.0, 60, 0, 1, 0, 60)
+        (run,) = analysis.compare_runs({"both": list(logs.values())}, "validation").runs
+        assert (run.final, run.nonfinite, run.lost) == (3.0, 2, 0)
+
+    @pytest.mark.parametrize(
+        ("mode", "target", "step"),
+        [("min", 2.0, 2), ("min", 5.0, 0), ("min", 1.0, None), ("max", 4.5, 3), ("max", 6.0, None)],
+    )
+    def test_the_first_step_at_a_target(self, mode, target, step):
+        seeds = [make_log(loss=[4, np.nan, 2, 5]), make_log(loss=[4, np.nan, 2, 4])]
+        comparison = analysis.compare_runs({"a": seeds}, mode=mode, target=target)
+        assert comparison.runs[0].target_step == step
+        heading, row, _ = str(comparison).splitlines()[:3]
+        assert heading.endswith(f"to {target:g}")
+        assert row.endswith("-" if step is None else str(step))
 
     def test_nothing_finite(self):
         comparison = analysis.compare_runs({"a": make_log(loss=[np.nan])})
@@ -257,11 +290,20 @@ class TestBadInput:
             ({"a": make_log(other=[1.0])}, {}, "no value and no loss .* but other"),
             ({"a": make_log(loss=[1.0])}, {"metric": "lost"}, "no lost .* but loss"),
             ({"a": make_log(loss=[[1.0, 2.0]])}, {}, "but nothing"),
+            ({"a": make_log(loss=[1.0])}, {"target": np.nan}, "target must be finite, got nan"),
+            (
+                {
+                    "a": make_log(loss=[1.0, 2.0], absent={"loss": [1]}, steps=[0, 1]),
+                    "b": [make_log(loss=[1.0, 2.0], absent={"loss": [i]}) for i in (0, 1)],
+                },
+                {},
+                "seeds of 'b' have loss at no step in common",
+            ),
             ({"a": make_log(loss=[1.0])}, {"mode": "least"}, "mode must be 'min' or 'max'"),
             (
                 {"a": [make_log(loss=[1.0]), make_log(loss=[1.0], steps=[5])]},
                 {},
-                "seeds of 'a' have no step in common",
+                "seeds of 'a' have loss at no step in common",
             ),
         ],
     )

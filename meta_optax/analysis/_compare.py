@@ -17,7 +17,6 @@ from meta_optax.analysis._draw import Curve, Figure, Steps
 from meta_optax.analysis._load import Log
 from meta_optax.analysis._plots import LOSSES, as_log, is_curve
 
-_LEVEL = 0.95
 _LEAST_SEEDS = 3  # for an interval: two values say next to nothing of their spread
 _HEADINGS = ("run", "seeds", "final", "95 % interval", "ratio", "best", "at step", "decisions")
 
@@ -36,8 +35,10 @@ class RunSummary(NamedTuple):
       best: the best of the median curve over seeds.
       best_step: its step; None if no value is finite.
       decisions: the decisions, of all seeds together.
-      nonfinite: the rows without a finite value, of all seeds together.
+      nonfinite: the rows whose value is not finite, of all seeds together.
       lost: the seeds without a finite value in the last tenth of their rows.
+      target_step: the first step at which the median curve is at the target or better; None
+        without a target, or if it never is.
     """
 
     name: str
@@ -50,6 +51,7 @@ class RunSummary(NamedTuple):
     decisions: int
     nonfinite: int
     lost: int
+    target_step: int | None = None
 
 
 class Comparison(NamedTuple):
@@ -59,15 +61,21 @@ class Comparison(NamedTuple):
       metric: what is compared.
       runs: a summary a run, in the order given.
       figure: the curves, of matplotlib; None where that is missing and no ``path`` was given.
+      target: the value whose first step was asked for; None if none was.
     """
 
     metric: str
     runs: tuple[RunSummary, ...]
     figure: Any
+    target: float | None = None
 
     def __str__(self) -> str:
         """The table, with the rule by which it was made."""
         rows = [(*_HEADINGS, "not finite", "lost seeds"), *map(_cells, self.runs)]
+        if self.target is not None:
+            told = [run.target_step for run in self.runs]
+            ends = [f"to {self.target:.4g}", *("-" if step is None else str(step) for step in told)]
+            rows = [(*row, end) for row, end in zip(rows, ends, strict=True)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
@@ -91,20 +99,22 @@ def compare_runs(
     path: str | os.PathLike[str] | None = None,
     *,
     mode: Mode = "min",
+    target: float | None = None,
 ) -> Comparison:
     r"""Compares runs by one logged metric, each of one seed or of several.
 
-    With :math:`x_{si}` the metric of seed s in row i of n, and the sum over the finite ones among
-    the last :math:`\lceil n / 10 \rceil` rows,
+    With :math:`x_{si}` the metric of seed s in row i of the n that have it, and the sum over the
+    finite ones among the last :math:`\lceil n / 10 \rceil` rows,
 
     .. math::
       \text{final} = \operatorname{median}_s \operatorname{mean}_{i > n - \lceil n/10 \rceil}
       x_{si}.
 
-    The interval is the bootstrap's, by percentiles, over seeds (`scipy.stats.bootstrap`, 9,999
-    resamples, always the same ones). Rows that are not finite are counted, and averaged nowhere: a
-    seed whose last tenth has nothing else is *lost*, and no part of ``final``. Curves are medians
-    over seeds at the steps that all seeds have, with a band of the middle half.
+    The interval is the bootstrap's over seeds (`scipy.stats.bootstrap`, 9,999 resamples, always
+    the same ones), by percentiles that are widened for few seeds, as those of ``meta-optax
+    compare`` are. Rows that are not finite are counted, and averaged nowhere: a seed whose last
+    tenth has nothing else is *lost*, and no part of ``final``. Curves are medians over seeds at the
+    steps at which all seeds have the metric, with a band of the middle half.
 
     Args:
       logs: the runs by name, the first of which the others are divided by; each a log or its path,
@@ -113,13 +123,15 @@ def compare_runs(
         logs have.
       path: where to write the figure; nowhere by default.
       mode: whether the best is the least (``"min"``) or the most (``"max"``).
+      target: a finite value; each run is told the first step at which its median curve is there.
 
     Returns:
       The summaries and the figure.
 
     Raises:
       ImportError: if matplotlib is missing and a ``path`` is given.
-      ValueError: if there is no run, if a run has no log, if a log lacks the metric (it names the
+      ValueError: if the target is not finite, if there is no run, if a run has no log, if a log
+        lacks the metric (it names the
         keys there are), or if the seeds of a run have no step in common.
 
     Example:
@@ -128,14 +140,18 @@ def compare_runs(
       >>> def log(*losses):
       ...     values = {"loss": np.array(losses)}
       ...     return analysis.Log(pathlib.Path("log"), np.arange(len(losses)), values, [])
-      >>> comparison = analysis.compare_runs({"fixed": log(2.0, 1.0), "ours": log(2.0, 0.9)})
-      >>> print(comparison.metric, [run.ratio for run in comparison.runs])
-      loss [1.0, 0.9]
+      >>> runs = {"fixed": log(2.0, 1.0), "ours": log(2.0, 0.9)}
+      >>> comparison = analysis.compare_runs(runs, target=0.95)
+      >>> print(comparison.metric, [(run.ratio, run.target_step) for run in comparison.runs])
+      loss [(1.0, None), (0.9, 1)]
 
     References:
       Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+      Hesterberg, 2015, "What Teachers Should Know About the Bootstrap", arXiv:1411.5279.
     """
     sign = _checks.sign_of_mode(mode)
+    if target is not None and not math.isfinite(target):
+        raise ValueError(f"target must be finite, got {target}.")
     runs = {name: _seeds(name, sources) for name, sources in logs.items()}
     if not runs:
         raise ValueError("compare_runs needs a run: pass {'a name': 'a/folder'}.")
@@ -144,12 +160,18 @@ def compare_runs(
     summaries = []
     for name, seeds in runs.items():
         first = summaries[0].final if summaries else None
-        summaries.append(_summarise(name, metric, seeds, curves[name], first, sign))
+        summary = _summarise(name, metric, seeds, curves[name], first, sign)
+        if target is not None:
+            steps, values = curves[name]
+            is_there = sign * _quantile(values, 0.5) <= sign * target  # NaN is not.
+            reached = int(steps[np.argmax(is_there)]) if is_there.any() else None
+            summary = summary._replace(target_step=reached)
+        summaries.append(summary)
     figure = None
     if path is not None or importlib.util.find_spec("matplotlib"):
         figure = _plot(metric, curves)
         _draw.save(figure, path)
-    return Comparison(metric=metric, runs=tuple(summaries), figure=figure)
+    return Comparison(metric=metric, runs=tuple(summaries), figure=figure, target=target)
 
 
 def _seeds(name: str, sources: Source | Sequence[Source]) -> list[Log]:
@@ -180,13 +202,22 @@ def _metric(runs: Mapping[str, Sequence[Log]], metric: str | None) -> str:
 def _common(
     name: str, metric: str, seeds: Sequence[Log]
 ) -> tuple[Steps, Float[np.ndarray, "seeds rows"]]:
-    """The metric of all seeds at the steps that they share."""
-    steps = seeds[0].steps
-    for log in seeds[1:]:
-        steps = np.intersect1d(steps, log.steps)
+    """The metric of all seeds at the steps at which they all have it."""
+    curves = [_logged(log, metric) for log in seeds]
+    steps = curves[0][0]
+    for there, _ in curves[1:]:
+        steps = np.intersect1d(steps, there)
     if not steps.size:
-        raise ValueError(f"The seeds of {name!r} have no step in common: log at the same steps.")
-    return steps, np.stack([log.values[metric][np.isin(log.steps, steps)] for log in seeds])
+        raise ValueError(
+            f"The seeds of {name!r} have {metric} at no step in common: log it at the same steps."
+        )
+    return steps, np.stack([values[np.isin(there, steps)] for there, values in curves])
+
+
+def _logged(log: Log, metric: str) -> tuple[Steps, Curve]:
+    """The rows that have the metric."""
+    has_it = ~np.isin(log.steps, log.absent.get(metric, ()))
+    return log.steps[has_it], log.values[metric][has_it]
 
 
 def _quantile(values: Float[np.ndarray, "seeds rows"], share: float) -> Curve:
@@ -210,10 +241,12 @@ def _interval(finals: Float[np.ndarray, " seeds"]) -> tuple[float, float] | None
         return None
     from scipy import stats
 
+    from meta_optax.analysis._intervals import expanded_tail
+
     result = stats.bootstrap(
         (finals,),
         np.median,
-        confidence_level=_LEVEL,
+        confidence_level=1 - 2 * expanded_tail(len(finals)),
         method="percentile",
         rng=np.random.default_rng(0),
     )
@@ -229,7 +262,7 @@ def _summarise(
     sign: float,
 ) -> RunSummary:
     """A run in numbers; `first` is the final value that it is divided by, None for its own."""
-    values = [log.values[metric] for log in seeds]
+    values = [_logged(log, metric)[1] for log in seeds]
     finals = np.array([_final(one) for one in values])
     kept = finals[np.isfinite(finals)]
     final = float(np.median(kept)) if kept.size else np.nan

@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,12 +32,15 @@ class Log(NamedTuple):
       values: what was logged, by key: [rows], or [rows, n...] for arrays; NaN where a row lacks
         the key or has null.
       decisions: what the strategies changed, oldest first.
+      absent: the steps of the rows that lack a key, by key, for keys that some rows lack: a metric
+        that was measured now and then is not one that broke.
     """
 
     path: pathlib.Path
     steps: Int[np.ndarray, " rows"]
     values: dict[str, Float[np.ndarray, "rows ..."]]
     decisions: list[Decision]
+    absent: Mapping[str, Int[np.ndarray, " lacking"]] = types.MappingProxyType({})
 
 
 def load_log(path: str | os.PathLike[str]) -> Log:
@@ -75,9 +79,22 @@ def load_log(path: str | os.PathLike[str]) -> Log:
     rows = _replace_rerun(_read_rows(file))
     told = [entry for _, row in rows for entry in _told(row.get("decisions") or [])]
     decisions = _decisions(file, told or _summary_decisions(file))
-    columns = _columns(file, rows)
-    steps = np.array([row["step"] for _, row in rows], np.int64)
-    return Log(path=file, steps=steps, values=_join(columns), decisions=decisions)
+    try:
+        steps = np.array([row["step"] for _, row in rows], np.int64)
+    except OverflowError as error:
+        raise ValueError(f"{file} has a step that is no 64-bit integer.") from error
+    values, parts = _join(_columns(file, rows))
+    absent = {
+        key: np.array([not any(part in row for part in parts[key]) for _, row in rows])
+        for key in values
+    }
+    return Log(
+        path=file,
+        steps=steps,
+        values=values,
+        decisions=decisions,
+        absent={key: steps[lacks] for key, lacks in absent.items() if lacks.any()},
+    )
 
 
 def _find(path: pathlib.Path) -> pathlib.Path:
@@ -143,9 +160,10 @@ def _columns(
                 continue
             try:
                 array = np.asarray(value, np.float64)  # None is NaN.
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
-                    f"{file}, line {number}: {key!r} must be a number or an array of them."
+                    f"{file}, line {number}: {key!r} must be a number or an array of them, "
+                    "none larger than a float."
                 ) from error
             if key not in columns:
                 columns[key] = np.full((len(rows), *array.shape), np.nan)
@@ -160,20 +178,22 @@ def _columns(
 
 def _join(
     columns: Mapping[str, Float[np.ndarray, "rows ..."]],
-) -> dict[str, Float[np.ndarray, "rows ..."]]:
-    """The columns, with the entries of a vector in one [rows, n]."""
+) -> tuple[dict[str, Float[np.ndarray, "rows ..."]], dict[str, list[str]]]:
+    """The columns, with the entries of a vector in one [rows, n], and what each was made of."""
     entries: dict[str, dict[int, str]] = {}
     for key in columns:
         if match := _ENTRY.fullmatch(key):
             entries.setdefault(match[1] + (match[3] or ""), {})[int(match[2])] = key
     joined = dict(columns)
+    parts = {key: [key] for key in columns}
     for name, keys in entries.items():
         if name in columns or sorted(keys) != list(range(len(keys))):
             continue  # It is no vector of the writer's.
-        joined[name] = np.stack([columns[keys[index]] for index in sorted(keys)], axis=1)
-        for key in keys.values():
+        parts[name] = [keys[index] for index in sorted(keys)]
+        joined[name] = np.stack([columns[key] for key in parts[name]], axis=1)
+        for key in parts[name]:
             del joined[key]
-    return joined
+    return joined, parts
 
 
 def _told(decisions: Any) -> list[Any]:
