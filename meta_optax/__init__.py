@@ -17,6 +17,7 @@ from meta_optax._multi_steps import MetaMultiStepsState, multi_steps
 from meta_optax._partition import moe_partition
 from meta_optax._plateau import plateau
 from meta_optax._read import read_hyperparams, reset
+from meta_optax._reinforce import reinforce
 from meta_optax._scale import (
     ScaleByMetaState,
     scale_by_advanced_plateau,
@@ -79,6 +80,7 @@ __all__ = [
     "plateau",
     "read_decisions",
     "read_hyperparams",
+    "reinforce",
     "reset",
     "router_metrics",
     "router_metrics_from_collection",

@@ -1,6 +1,7 @@
 """Checks of arguments: at build time an error, while tracing a clip."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
     Mode = Literal["min", "max"]
     Pair = tuple[Scalar, Scalar]
+    Actions = Sequence[float]
     Flag = bool
     Size = int
 else:
     # What has another type must reach the checks here, also where types are checked at run time.
-    Scalar = Pair = Flag = Size = Mode = Transformation = Any
+    Scalar = Pair = Actions = Flag = Size = Mode = Transformation = Any
 
 _MOST = np.iinfo(np.int32).max
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -72,6 +73,13 @@ STRATEGIES = {
     ),
     "greedy": Strategy(
         mo.greedy, lambda: mo.greedy(patience=0, window=8, significance=0.5, max_scale=1.0)
+    ),
+    "reinforce": Strategy(
+        # Adam makes whole steps of rounding errors, so what compares ways to run has none.
+        mo.reinforce,
+        lambda: mo.reinforce(
+            update_frequency=1, batch_size=8, lr_actions=(0.5, 0.7, 1), wd_actions=(0,)
+        ),
     ),
     "smart_expert_gate": Strategy(mo.smart_expert_gate, mo.smart_expert_gate, grouped=True),
     "expert_gate[per_layer]": Strategy(
@@ -223,6 +231,16 @@ def row(step: int = 0, *, value: float = 1.0) -> dict[str, Any]:
         **load,
         **{f"{name}_per_layer": jnp.stack([x] * LAYERS) for name, x in load.items()},
     }
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key, which has no numbers to compare."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def plain(tree: Any) -> Any:
+    """The tree with the numbers of keys in their place."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
 
 
 def finite_nonnegative(hyperparams: dict[str, Any]) -> bool:

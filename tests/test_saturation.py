@@ -12,9 +12,9 @@ from meta_optax._counts import add_counts, keep_room
 from meta_optax._trend import advance_trend, empty_trend
 
 MOST = 2**31 - 1
-# What is no count: versions, places of rules, how many experts there are, places within a period,
-# and the signed run of outliers, which is never above five.
-NO_COUNTS = ("layout_version", "rule", "num_experts", "mini_step", "outliers")
+# What is no count: versions, places of rules and of actions, how many experts there are, places
+# within a period, and the signed run of outliers, which is never above five.
+NO_COUNTS = ("layout_version", "rule", "num_experts", "mini_step", "outliers", "action")
 
 
 def _is_count(path, leaf):
