@@ -11,11 +11,13 @@ from meta_optax._decisions import Decision, format_decisions, read_decisions
 from meta_optax._expert_gate import expert_gate
 from meta_optax._greedy import greedy
 from meta_optax._inject import InjectMetaHyperparamsState, inject_meta_hyperparams
+from meta_optax._learned import learned
 from meta_optax._log import with_decisions
 from meta_optax._migrate import migrate
 from meta_optax._multi_steps import MetaMultiStepsState, multi_steps
 from meta_optax._partition import moe_partition
 from meta_optax._plateau import plateau
+from meta_optax._policy_gradient import policy_gradient
 from meta_optax._read import read_hyperparams, reset
 from meta_optax._reinforce import reinforce
 from meta_optax._scale import (
@@ -73,11 +75,13 @@ __all__ = [
     "hold_spikes",
     "inject_meta_hyperparams",
     "label_moe_params",
+    "learned",
     "log_only",
     "migrate",
     "moe_partition",
     "multi_steps",
     "plateau",
+    "policy_gradient",
     "read_decisions",
     "read_hyperparams",
     "reinforce",

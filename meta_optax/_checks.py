@@ -91,6 +91,31 @@ def integer(name: str, value: Any, *, low: int) -> int | jax.Array:
     return int(number)
 
 
+def actions(name: str, values: Any, *, are_factors: bool) -> tuple[float, ...]:
+    """Returns a list of factors above 0, or of finite steps, as a tuple of floats.
+
+    Raises:
+      ValueError: if it is no list, is empty, is traced, or holds anything else.
+    """
+    what = "factors above 0" if are_factors else "finite steps"
+    is_list = isinstance(values, tuple | list | np.ndarray) and np.ndim(values) == 1
+    if not is_list or len(values) == 0:
+        raise ValueError(f"{name} must be a list of at least one of {what}, got {values!r}.")
+    if not is_known(*values):
+        raise ValueError(f"{name} decides what is computed, so it must not be traced: {values}.")
+    numbers = [float(real(f"{name}[{i}]", v, low=-math.inf)) for i, v in enumerate(values)]
+    if not all(math.isfinite(n) and (n > 0 or not are_factors) for n in numbers):
+        raise ValueError(f"{name} must be a list of {what}, got {values!r}.")
+    return tuple(numbers)
+
+
+def scale_bounds(min_scale: Any, max_scale: Any) -> tuple[jax.Array, jax.Array]:
+    """The logarithms of the bounds of a scale, the lower in (0, 1] and the upper in [1, inf)."""
+    least = real("min_scale", min_scale, low=0.0, high=1.0, open_low=True)
+    most = real("max_scale", max_scale, low=1.0, open_high=True)
+    return tuple(jnp.log(jnp.asarray(end, jnp.float32)) for end in (least, most))
+
+
 def pair(name: str, value: Any, *, what: str, high: float = math.inf) -> tuple[Any, Any]:
     """Returns the two numbers of ``value``, each in [0, ``high``], else raises a ``ValueError``."""
     if not isinstance(value, tuple | list) or len(value) != 2:

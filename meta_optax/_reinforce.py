@@ -1,12 +1,10 @@
 """A policy gradient that learns, while training runs, which change of the rates pays."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
@@ -173,8 +171,8 @@ def reinforce(
     """
     frequency = _checks.integer("update_frequency", update_frequency, low=1)
     hidden = _checks.size("hidden_dim", hidden_dim, low=1)
-    factors = _actions("lr_actions", lr_actions, "factors above 0", lambda a: 0 < a < math.inf)
-    steps = _actions("wd_actions", wd_actions, "finite steps", math.isfinite)
+    factors = _checks.actions("lr_actions", lr_actions, are_factors=True)
+    steps = _checks.actions("wd_actions", wd_actions, are_factors=False)
     rate = _checks.real("policy_lr", policy_lr, open_high=True)
     decay = _checks.real("baseline_decay", baseline_decay, high=1.0, open_high=True)
     entropy = _checks.real("entropy_weight", entropy_weight, open_high=True)
@@ -310,19 +308,6 @@ def reinforce(
 def _keep(state: ReinforceState, *_: Any) -> ReinforceState:
     """The other branch; one function, so that calls outside a jitted step compile once, too."""
     return state
-
-
-def _actions(name: str, values: Any, what: str, is_right: Any) -> tuple[float, ...]:
-    """The actions as a tuple of floats, else a `ValueError`."""
-    is_list = isinstance(values, tuple | list | np.ndarray) and np.ndim(values) == 1
-    if not is_list or len(values) == 0:
-        raise ValueError(f"{name} must be a list of at least one of {what}, got {values!r}.")
-    if not _checks.is_known(*values):
-        raise ValueError(f"{name} decides what is computed, so it must not be traced: {values}.")
-    numbers = [_checks.real(f"{name}[{i}]", v, low=-math.inf) for i, v in enumerate(values)]
-    if not all(is_right(float(number)) for number in numbers):
-        raise ValueError(f"{name} must be a list of {what}, got {values!r}.")
-    return tuple(map(float, numbers))
 
 
 def _float(value: Any) -> Float[Array, ""]:

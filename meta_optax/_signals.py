@@ -16,8 +16,6 @@ from meta_optax._history import MAD_TO_DEVIATION, Window, empty_window, push
 
 # The intervals that are kept, and those whose line is the slope.
 _KEPT, _LINE = 16, 8
-# Where the log scale becomes a linear one, as a share of the first interval's loss.
-_LINEAR_BELOW = 1e-3
 # The least deviation of logarithms, of losses and of norms: float32 tells no less apart.
 _LEAST = 1e-6
 # What losses are kept within, so that no square of one overflows, and norms.
@@ -96,18 +94,17 @@ class Reading(NamedTuple):
 
 def empty_signals() -> Signals:
     """The state before the first row."""
-    zero = jnp.zeros([], jnp.float32)
     return Signals(
         interval=_empty_interval(),
         ended=jnp.zeros([], jnp.int32),
-        unit=zero,
+        unit=jnp.ones([], jnp.float32),
         losses=empty_window(_KEPT),
         grad_norms=empty_window(_KEPT),
-        noise=zero,
-        best=zero,
-        first_loss=zero,
-        first_grad_norm=zero,
-        first_param_norm=zero,
+        noise=jnp.zeros([], jnp.float32),
+        best=jnp.zeros([], jnp.float32),
+        first_loss=jnp.zeros([], jnp.float32),
+        first_grad_norm=jnp.zeros([], jnp.float32),
+        first_param_norm=jnp.zeros([], jnp.float32),
         param_norms=jnp.zeros([2], jnp.float32),
     )
 
@@ -136,11 +133,17 @@ def add_row(
     return state._replace(interval=interval)
 
 
-def end_interval(state: Signals) -> Signals:
-    """The state with the interval's means among those kept, and a new interval begun."""
+def end_interval(state: Signals, linear_below: float) -> Signals:
+    """The state with the interval's means among those kept, and a new interval begun.
+
+    Args:
+      state: what is kept.
+      linear_below: where the log scale becomes a linear one, which goes on below zero, as a share
+        of the first interval's loss.
+    """
     interval = state.interval
     is_first = state.ended == 0
-    unit = jnp.maximum(_LINEAR_BELOW * jnp.abs(interval.loss), 1.0 / _LARGEST_LOSS)
+    unit = jnp.maximum(linear_below * jnp.abs(interval.loss), 1.0 / _LARGEST_LOSS)
     unit = jnp.where(is_first, unit, state.unit)
     log_loss = jnp.arcsinh(interval.loss / unit / 2.0)
     # By the slope of the log scale there.
@@ -193,13 +196,12 @@ def read_signals(state: Signals) -> Reading:
 
 
 def _empty_interval() -> Interval:
-    zero = jnp.zeros([], jnp.float32)
     return Interval(
         count=jnp.zeros([], jnp.int32),
-        loss=zero,
-        squares=zero,
-        log_grad_norm=zero,
-        log_param_norm=zero,
+        loss=jnp.zeros([], jnp.float32),
+        squares=jnp.zeros([], jnp.float32),
+        log_grad_norm=jnp.zeros([], jnp.float32),
+        log_param_norm=jnp.zeros([], jnp.float32),
     )
 
 

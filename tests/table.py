@@ -81,6 +81,14 @@ STRATEGIES = {
             update_frequency=1, batch_size=8, lr_actions=(0.5, 0.7, 1), wd_actions=(0,)
         ),
     ),
+    "policy_gradient": Strategy(
+        lambda: mo.policy_gradient(lr_actions=(0.5, 0.7), horizon=100),
+        lambda: mo.policy_gradient(update_frequency=1, lr_actions=(0.5, 0.7), wd_actions=(0.5,)),
+    ),
+    "policy_gradient[groups]": Strategy(
+        mo.policy_gradient, lambda: mo.policy_gradient(update_frequency=1), grouped=True
+    ),
+    "learned": Strategy(lambda: mo.learned(horizon=100), lambda: mo.learned(update_frequency=1)),
     "smart_expert_gate": Strategy(mo.smart_expert_gate, mo.smart_expert_gate, grouped=True),
     "expert_gate[per_layer]": Strategy(
         lambda: mo.expert_gate(per_layer=True, num_layers=LAYERS),

@@ -1,0 +1,1 @@
+"""Training of the policy of `meta_optax.learned`: ``python -m meta_optax.metatrain``."""
