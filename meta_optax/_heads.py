@@ -98,13 +98,23 @@ def new_learner(features: int, actions: Sequence[int]) -> Learner:
     )
 
 
-def prior_of(factors: Sequence[float]) -> np.ndarray:
-    """Logits that prefer the factor 1; of equals where there is none."""
-    still = [factor == 1 for factor in factors]
-    if not any(still) or all(still):
-        return np.zeros(len(factors), np.float32)
-    odds = _STILL / sum(still) / ((1.0 - _STILL) / (len(still) - sum(still)))
-    return np.where(still, math.log(odds), 0.0).astype(np.float32)
+def prior_of(factors: Sequence[float], slope: tuple[float, float] | None = None) -> np.ndarray:
+    """Weights [2, actions] of 1 and of the slope's score, whose logits prefer the factor 1.
+
+    Args:
+      factors: what the actions do.
+      slope: how much more likely a cut is where the loss is flat, and how much more yet where it
+        rises, in logits; a raise is less likely by as much. None for a prior that does not look.
+    """
+    values = np.asarray(factors, np.float32)
+    still = values == 1.0
+    bias = np.zeros(len(values), np.float32)
+    if still.any() and not still.all():
+        odds = _STILL / still.sum() / ((1.0 - _STILL) / (~still).sum())
+        bias = np.where(still, math.log(odds), 0.0)
+    flat, rising = slope or (0.0, 0.0)
+    side = np.sign(1.0 - values)
+    return np.stack([bias + flat * side, rising * side]).astype(np.float32)
 
 
 def probabilities(
@@ -116,9 +126,9 @@ def probabilities(
     """How likely each action of each head is; early decisions explore more."""
     heat = 1.0 + _HEAT / (1.0 + decisions.astype(jnp.float32) / _COOLING)
 
-    def likely(prior: np.ndarray, head: Array) -> Float[Array, " actions"]:
+    def likely(prior: Any, head: Array) -> Float[Array, " actions"]:
         added = jnp.clip(_product(features, head), -_MOST_LOGIT, _MOST_LOGIT)
-        return jax.nn.softmax((prior + added) / heat)
+        return jax.nn.softmax((_product(features[:2], prior) + added) / heat)
 
     return Heads(*map(likely, priors, weights))
 
@@ -217,7 +227,7 @@ def _eligibility(features: Array, action: Array, likely: Array) -> Float[Array, 
     return features[:, None] * (chosen.astype(jnp.float32) - likely)[None]
 
 
-def _product(features: Array, head: Array) -> Float[Array, " actions"]:
+def _product(features: Array, head: Any) -> Float[Array, " actions"]:
     # Products of matrices are taken in reduced precision on accelerators unless asked not to.
     return jnp.matmul(features, head, precision=jax.lax.Precision.HIGHEST)
 

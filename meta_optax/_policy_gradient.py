@@ -47,6 +47,8 @@ HEADS = Heads._fields
 FEATURES = 8
 # Losses count by their logarithms down to this share of the first.
 _LINEAR_BELOW = 1e-12
+# Logits by which a cut of the rate is likelier where the loss is flat, and more where it rises.
+_SLOPE_PRIOR = (0.7, 1.5)
 # The cut of the rate after a loss that was not finite.
 _CUT = 0.5
 
@@ -109,13 +111,15 @@ def policy_gradient(
 
     At the steps n, 2n, ... four heads draw a factor each: of the learning rate, of weight decay
     and, where there are forms of them, of the gates' and the experts' rates on top of the common
-    one. With :math:`x` the features, a head's weights W and its prior b, which gives the factor 1 a
-    probability of 0.8,
+    one. With :math:`x` the features, and a head's weights W beside those B of its prior,
 
-    .. math:: \pi(\cdot | x) = \operatorname{softmax}\!\left(\frac{b + W^T x}{\tau_k}\right),
+    .. math:: \pi(\cdot | x) = \operatorname{softmax}\!\left(\frac{(B + W)^T x}{\tau_k}\right),
       \quad \tau_k = 1 + \frac{20}{20 + k}
 
-    so that it explores less and less with the decisions k. Scales stay within ``min_scale`` and
+    so that it explores less and less with the decisions k. The prior gives the factor 1 a
+    probability of 0.8; for the learning rate it adds :math:`0.7 + 1.5 s` to the logits of cuts, and
+    takes it from those of raises, with s in [-1, 1] the score of the loss's slope: what falls is
+    left alone, what is flat or rises is cut now and then. Scales stay within ``min_scale`` and
     ``max_scale`` of the base.
 
     The reward of a decision is the fall of the log loss in the interval after it, beyond what a
@@ -199,7 +203,7 @@ def policy_gradient(
     bounds = _checks.scale_bounds(min_scale, max_scale)
     # A traced seed may use all 32 bits: a clip to int32 would make one of many.
     seed = seed if isinstance(seed, Tracer) else _checks.integer("seed", seed, low=0)
-    priors = tuple(map(prior_of, sets))
+    priors = (prior_of(sets[0], _SLOPE_PRIOR), *map(prior_of, sets[1:]))
     moves = tuple(np.log(np.asarray(values, np.float32)) for values in sets)
 
     def init() -> PolicyGradientState:

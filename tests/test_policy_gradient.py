@@ -1,0 +1,326 @@
+"""The modern policy gradient: what it sees, what it credits, how far it moves, what it refuses."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from table import row
+
+import meta_optax as mo
+from meta_optax import _heads
+from meta_optax._policy_gradient import FEATURES, HEADS
+from meta_optax._signals import add_row, empty_signals, end_interval, read_signals
+
+FACTORS = (0.7, 1, 1.4)
+DECISIONS, LAST = 3000, 500
+PACE = _heads.Pace(rate=0.3, trust_region=0.02, baseline_decay=0.9, trace_decay=0.5)
+
+
+def _play(seeds, gain, *, shift=0, noise=0.0, add=False, **arguments):
+    """The shares of the rate's factors in the last decisions, [seeds, factors].
+
+    The factor of one decision sets by how much the loss, or its logarithm, falls to the next.
+    """
+
+    def run(seed):
+        meta = mo.policy_gradient(update_frequency=1, seed=seed, **arguments)
+        drawn = noise * jax.random.normal(jax.random.key(1000 + seed), [DECISIONS])
+
+        def decide(carry, step_and_noise):
+            state, loss, past = carry
+            step, wobble = step_and_noise
+            metrics = {"step": step, "value": loss, "grad_norm": 1.0, "param_norm": 1.0}
+            metrics |= {"learning_rate": jnp.float32(1e-3), "weight_decay": jnp.float32(1e-4)}
+            state = meta.observe(state, metrics)
+            past = jnp.concatenate([state.choice.actions[:1], past[:-1]])
+            fall = gain(past[shift]) - wobble
+            loss = loss - fall if add else loss * jnp.exp(-fall)
+            return (state, loss, past), state.choice.actions[0]
+
+        start = (meta.init(), jnp.float32(5.0), jnp.zeros([2], jnp.int32))
+        return jax.lax.scan(decide, start, (jnp.arange(DECISIONS, dtype=jnp.int32), drawn))[1]
+
+    actions = np.asarray(jax.jit(jax.vmap(run))(jnp.asarray(seeds, jnp.int32)))
+    return np.stack([(actions[:, -LAST:] == i).mean(axis=1) for i in range(len(FACTORS))], axis=1)
+
+
+def _pays(best, gain=1e-2):
+    return lambda action: jnp.where(action == best, gain, 0.0)
+
+
+class TestBandit:
+    """One factor always makes the loss fall by more than the others do."""
+
+    @pytest.mark.parametrize("best", range(len(FACTORS)))
+    def test_it_finds_the_factor_that_pays(self, best):
+        shares = _play(range(5), _pays(best))
+        assert (shares[:, best] >= 0.8).all(), shares
+
+    def test_it_finds_it_in_a_loss_that_goes_through_zero(self):
+        shares = _play(range(5), _pays(2), add=True)
+        assert (shares[:, 2] >= 0.8).all(), shares
+
+    def test_noise_of_the_same_size_hides_little(self):
+        shares = _play(range(5), _pays(2), noise=1e-2)
+        assert (shares[:, 2] >= 0.6).all(), shares
+        assert np.median(shares[:, 2]) >= 0.8, shares
+
+    def test_it_fails_where_each_reward_is_of_the_decision_before(self):
+        """Without a trace, which is there to credit decisions before."""
+        shares = _play(range(5), _pays(2), shift=1, trace_decay=0.0)
+        assert (shares[:, 2] < 0.6).all(), shares
+
+    def test_noise_alone_leaves_the_prior_alone(self):
+        shares = _play(range(5), lambda action: 0.0 * action, noise=1e-2)
+        assert np.median(shares[:, 1]) >= 0.5, shares
+        assert (np.median(shares, axis=0)[[0, 2]] < 0.4).all(), shares
+
+
+def _observe(meta, state, step, value=1.0, **more):
+    return meta.observe(
+        state, {"step": step, "value": value, "grad_norm": 1.0, "param_norm": 1.0, **more}
+    )
+
+
+def _scales(state):
+    return np.exp(np.asarray(state.log_scales))
+
+
+class TestActions:
+    def test_four_heads_and_what_each_moves(self):
+        meta = mo.policy_gradient(
+            update_frequency=1,
+            lr_actions=(0.5,),
+            wd_actions=(2,),
+            gate_lr_actions=(0.8,),
+            expert_lr_actions=(1.25,),
+        )
+        base = {"learning_rate": 0.1, "weight_decay": 0.01, "gate_learning_rate": 0.2}
+        base |= {"expert_learning_rate": 0.4, "expert_weight_decay": 0.02, "b1": 0.9}
+        state = _observe(meta, meta.init(), 0)
+        state = _observe(meta, state, 1, **base)
+        used = meta.apply(state, base)
+        wanted = {"learning_rate": 0.05, "weight_decay": 0.02, "gate_learning_rate": 0.08}
+        wanted |= {"expert_learning_rate": 0.25, "expert_weight_decay": 0.04, "b1": 0.9}
+        assert {k: pytest.approx(float(v), rel=1e-6) for k, v in used.items()} == wanted
+
+    def test_heads_of_nothing_stay_and_learn_nothing(self):
+        meta = mo.policy_gradient(update_frequency=1)
+        state = meta.init()
+        for step in range(30):
+            state = _observe(meta, state, step, 3.0 / (step + 1), learning_rate=0.1)
+        assert state.learner.trace.learning_rate.any()
+        for head in HEADS[1:]:
+            assert not getattr(state.learner.trace, head).any()
+        np.testing.assert_array_equal(_scales(state)[1:], 1.0)
+
+    def test_scales_stay_within_their_bounds_and_owe_nothing(self):
+        meta = mo.policy_gradient(update_frequency=1, lr_actions=(0.5,), min_scale=0.2)
+        state = meta.init()
+        for step in range(10):
+            state = _observe(meta, state, step)
+        assert _scales(state)[0] == pytest.approx(0.2)
+
+    def test_it_decides_at_steps_n_2n_and_no_other(self):
+        meta = mo.policy_gradient(update_frequency=3, lr_actions=(0.5,))
+        state, seen = meta.init(), []
+        for step in range(8):
+            state = _observe(meta, state, step)
+            seen.append(float(_scales(state)[0]))
+        assert seen == pytest.approx([1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25])
+
+    def test_features_are_within_their_bounds(self):
+        meta = mo.policy_gradient(update_frequency=1, horizon=4)
+        state = meta.init()
+        for step, value in enumerate([1e30, -1e30, 0.0, 1e-30, 5.0, 5.0]):
+            load = {"gate_entropy_normalized": 0.2, "max_violation": 3.0}
+            state = _observe(meta, state, step, value, learning_rate=1e-30, **load)
+            assert np.isfinite(state.choice.features).all()
+            assert (np.abs(state.choice.features) <= 1).all()
+        assert float(state.choice.features[3]) == 1.0
+        assert float(state.choice.features[6]) == pytest.approx(-0.6)
+        assert float(state.choice.features[7]) == pytest.approx(math.tanh(1.5))
+
+    def test_seeds_under_vmap_are_those_by_themselves(self):
+        def run(seed):
+            meta = mo.policy_gradient(update_frequency=1, seed=seed)
+            state = meta.init()
+            for step in range(12):
+                state = _observe(meta, state, step, 2.0 / (step + 1))
+            return state.log_scales
+
+        together = jax.vmap(run)(jnp.arange(3))
+        np.testing.assert_allclose(together, [run(i) for i in range(3)], rtol=1e-6)
+        assert len({tuple(scales) for scales in np.asarray(together).tolist()}) > 1
+
+
+class TestNonFinite:
+    def _after_bad(self, **bad):
+        meta = mo.policy_gradient(update_frequency=4, lr_actions=(0.7,), wd_actions=(2,))
+        state = meta.init()
+        for step in range(5):
+            state = _observe(meta, state, step)
+        assert _scales(state)[:2] == pytest.approx([0.7, 2.0])
+        held = _observe(meta, state, 5, **bad)
+        return meta, state, held
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_a_bad_loss_takes_the_action_back_and_cuts_at_the_next_finite_row(self, bad):
+        meta, state, held = self._after_bad(value=bad)
+        chex.assert_trees_all_equal(held.log_scales, state.log_scales)
+        after = _observe(meta, held, 6)
+        assert _scales(after)[:2] == pytest.approx([0.5, 1.0])
+        rules = after.decision_rules()["learning_rate"]
+        assert rules.texts[int(rules.index)] == "policy_gradient: loss not finite"
+        # Once, however many rows follow.
+        assert _scales(_observe(meta, after, 7))[:2] == pytest.approx([0.5, 1.0])
+
+    def test_the_interval_of_a_bad_loss_is_not_credited(self):
+        meta, _, held = self._after_bad(value=math.nan)
+        for step in (6, 7, 8):
+            held = _observe(meta, held, step)
+        assert int(held.learner.count) == 0
+        assert int(held.decision_count) == 2
+        for step in (9, 10, 11, 12):
+            held = _observe(meta, held, step)
+        assert int(held.learner.count) == 1
+
+    def test_a_bad_norm_is_no_decision(self):
+        meta, state, held = self._after_bad(grad_norm=math.inf)
+        assert int(held.nonfinite_count) == 1
+        chex.assert_trees_all_equal(_observe(meta, held, 6).log_scales, state.log_scales)
+
+
+class TestLearning:
+    """By hand, of one feature and two actions that are equally likely."""
+
+    features = jnp.zeros([FEATURES]).at[0].set(1.0)
+    active = jnp.array([True, False, False, False])
+
+    def _choice(self, action):
+        likely = _heads.Heads(*[jnp.array([0.5, 0.5])] * 4)
+        return _heads.Choice(self.features, jnp.array([action, 0, 0, 0], jnp.int32), likely)
+
+    def _learn(self, learner, surplus, action=1):
+        return _heads.learn(learner, self._choice(action), jnp.float32(surplus), self.active, PACE)
+
+    def test_trace_gradient_and_baseline(self):
+        learner = self._learn(_heads.new_learner(FEATURES, [2] * 4), 0.5)
+        # The first reward is its own deviation, so 1.
+        np.testing.assert_allclose(learner.trace.learning_rate[0], [-0.5, 0.5])
+        np.testing.assert_allclose(learner.gradient.learning_rate[0], [-0.01, 0.01], rtol=1e-5)
+        assert float(learner.baseline) == pytest.approx(0.1)
+        learner = self._learn(learner, 0.5, action=0)
+        np.testing.assert_allclose(learner.trace.learning_rate[0], [0.25, -0.25])
+        wanted = 0.98 * 0.01 + 0.02 * 0.9 * -0.25
+        np.testing.assert_allclose(learner.gradient.learning_rate[0, 1], wanted, rtol=1e-5)
+
+    def test_rewards_are_in_deviations_and_clipped(self):
+        learner = _heads.new_learner(FEATURES, [2] * 4)
+        for _ in range(50):
+            learner = self._learn(learner, 0.0)
+        before = float(learner.baseline)
+        learner = self._learn(learner, 1e6)
+        assert before == 0.0
+        assert float(learner.baseline) == pytest.approx(0.3)
+
+    def test_no_evidence_no_move(self):
+        weight = jnp.float32(1.0)
+        mean = jnp.full([FEATURES, 2], 0.1)
+        size = float(jnp.square(mean).sum())
+        left = 3.0 * 0.02 / 1.98
+        assert float(_heads.evidence(mean, jnp.float32(size / left), weight)) == pytest.approx(
+            0.0, abs=1e-6
+        )
+        half = _heads.evidence(mean, jnp.float32(0.5 * size / left), weight)
+        assert float(half) == pytest.approx(0.5, rel=1e-5)
+        assert float(_heads.evidence(0.0 * mean, jnp.float32(1.0), weight)) == 0.0
+
+    def test_a_move_stays_within_the_trust_region(self):
+        likely = jnp.array([0.2, 0.5, 0.3])
+        move = jnp.zeros([FEATURES, 3]).at[0].set(jnp.array([1.0, -2.0, 0.5]))
+        share = _heads.within_trust(move, self.features, likely, jnp.float32(0.001))
+        moved = jax.nn.softmax(jnp.log(likely) + share * move[0])
+        divergence = float((likely * jnp.log(likely / moved)).sum())
+        assert divergence == pytest.approx(0.001, rel=0.1)
+        assert float(_heads.within_trust(1e-4 * move, self.features, likely, share)) == 1.0
+
+    def test_prior_prefers_to_leave_alone_and_cuts_what_rises(self):
+        prior = _heads.prior_of(FACTORS, (0.7, 1.5))
+        weights = _heads.Heads(*[jnp.zeros([FEATURES, 3])] * 4)
+        late = jnp.int32(10**6)
+
+        def likely(slope):
+            features = self.features.at[1].set(slope)
+            plain = _heads.prior_of(FACTORS)
+            return _heads.probabilities(weights, (prior, plain, plain, plain), features, late)
+
+        np.testing.assert_allclose(likely(0.0).weight_decay, [0.1, 0.8, 0.1], atol=1e-4)
+        falling, rising = likely(-1.0).learning_rate, likely(1.0).learning_rate
+        assert float(falling[1]) > 0.75
+        assert float(rising[0]) > 0.5
+        np.testing.assert_array_equal(_heads.prior_of((0.5, 2.0))[0], [0.0, 0.0])
+
+    def test_early_decisions_explore_more(self):
+        prior = _heads.prior_of(FACTORS)
+        weights = _heads.Heads(*[jnp.zeros([FEATURES, 3])] * 4)
+        first, later = (
+            _heads.probabilities(weights, [prior] * 4, self.features, jnp.int32(k))[0]
+            for k in (0, 1000)
+        )
+        assert float(first[1]) < float(later[1]) - 0.1
+
+
+class TestSignals:
+    def _signals(self, losses, rows=1, unit=1e-3):
+        state = empty_signals()
+        for loss in losses:
+            for _ in range(rows):
+                state = add_row(state, *map(jnp.float32, (loss, 1.0, 1.0)))
+            state = end_interval(state, unit)
+        return state
+
+    def test_power_law_predicts_a_power_law(self):
+        losses = [3.0 * k**-0.4 for k in range(1, 15)]
+        reading = read_signals(self._signals(losses))
+        assert float(reading.surplus) == pytest.approx(0.0, abs=2e-3)
+        better = read_signals(self._signals([*losses[:-1], losses[-1] * 0.9]))
+        assert float(better.surplus) == pytest.approx(-math.log(0.9), abs=3e-3)
+
+    def test_no_unit_moves_a_reading(self):
+        losses = [2.0, 1.7, 1.5, 1.6, 1.2, 1.3]
+        one, other = (read_signals(self._signals([s * x for x in losses])) for s in (1.0, 1e-5))
+        chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-5)
+
+    def test_slope_score_is_the_t_statistic_of_least_squares(self):
+        losses = np.array([2.0, 1.9, 1.95, 1.7, 1.72])
+        values, times = np.arcsinh(losses / 2e-3 / 2.0), np.arange(5.0)
+        slope, offset = np.polyfit(times, values, 1)
+        residuals = values - slope * times - offset
+        error = math.sqrt(residuals @ residuals / 3 / ((times - 2.0) ** 2).sum())
+        got = float(read_signals(self._signals(losses)).slope_score)
+        assert got == pytest.approx(slope / error, rel=1e-2)
+
+    def test_mean_and_noise_of_an_interval(self):
+        state = empty_signals()
+        for loss in (1.0, 3.0, 2.0, 2.0):
+            state = add_row(state, *map(jnp.float32, (loss, 1.0, 1.0)))
+        assert float(state.interval.loss) == pytest.approx(2.0)
+        noise = float(read_signals(end_interval(state, 1e-3)).noise)
+        assert noise == pytest.approx(math.sqrt(0.5 / 4) / 2.0, rel=1e-3)
+
+
+def test_in_a_real_optimizer_it_says_why():
+    strategy = mo.with_decisions(mo.policy_gradient(update_frequency=1, lr_actions=(0.5,)))
+    tx = mo.inject_meta_hyperparams(optax.adamw, strategy)(learning_rate=0.1, weight_decay=0.1)
+    p = {"w": jnp.ones(3)}
+    state = tx.init(p)
+    for step in range(3):
+        _, state = tx.update(p, state, p, value=row(step)["value"])
+    made = [d for d in mo.read_decisions(state) if d.hyperparam == "learning_rate"]
+    assert [(d.step, d.new) for d in made] == [(1, pytest.approx(0.05)), (2, pytest.approx(0.025))]
+    assert made[0].reason == "policy_gradient: action"
