@@ -33,12 +33,15 @@ _TINY = 1e-12
 
 
 class Heads(NamedTuple):
-    """An array a head, [features, actions] or [actions]; each is named after what it moves."""
+    """An array a head, [features, actions] or [actions].
 
-    learning_rate: Float[Array, "..."]
-    weight_decay: Float[Array, "..."]
-    gate_learning_rate: Float[Array, "..."]
-    expert_learning_rate: Float[Array, "..."]
+    No field has a hyperparameter's name: `optax.tree.get` would find it in place of the value.
+    """
+
+    rate_head: Float[Array, "..."]
+    decay_head: Float[Array, "..."]
+    gate_head: Float[Array, "..."]
+    expert_head: Float[Array, "..."]
 
 
 class Learner(NamedTuple):

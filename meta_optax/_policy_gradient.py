@@ -28,7 +28,6 @@ from meta_optax._core import (
 from meta_optax._counts import keep_room
 from meta_optax._heads import (
     Choice,
-    Heads,
     Learner,
     Pace,
     draw,
@@ -42,8 +41,8 @@ from meta_optax._signals import Reading, Signals, add_row, empty_signals, end_in
 
 _NEEDS = ("value", "grad_norm", "param_norm")
 _MIXTURE = ("gate_entropy_normalized", "max_violation")
-# What the heads move, in the order of the state's arrays: a group's rates are on top of the common.
-HEADS = Heads._fields
+# What the heads move, in the order of `Heads`: a group's rates are on top of the common.
+HEADS = ("learning_rate", "weight_decay", "gate_learning_rate", "expert_learning_rate")
 FEATURES = 8
 # Losses count by their logarithms down to this share of the first.
 _LINEAR_BELOW = 1e-12
@@ -57,7 +56,7 @@ class PolicyGradientState(NamedTuple):
     """State of `policy_gradient`; arrays of one value a head are in the order of the heads.
 
     Attributes:
-      key: of the next draw.
+      draw_key: of the next draw.
       signals: what the run has shown.
       learner: the policy, and what teaches it.
       decision_count: the decisions that were made.
@@ -71,7 +70,7 @@ class PolicyGradientState(NamedTuple):
       was_rejected: whether the last move was a rejection.
     """
 
-    key: Key[Array, ""]
+    draw_key: Key[Array, ""]
     signals: Signals
     learner: Learner
     decision_count: Int[Array, ""]
@@ -211,7 +210,7 @@ def policy_gradient(
         features = jnp.zeros([FEATURES], jnp.float32)
         start = jnp.zeros([], jnp.int32)
         return PolicyGradientState(
-            key=jax.random.key(seed),
+            draw_key=jax.random.key(seed),
             signals=empty_signals(),
             learner=learner,
             decision_count=jnp.zeros([], jnp.int32),
@@ -245,14 +244,14 @@ def policy_gradient(
         state = jax.lax.cond(can_tell, credit, _keep, state, reading.surplus, active)
         progress = jnp.zeros([], jnp.float32) if steps is None else _progress(step, steps)
         features = _read_features(reading, state, update, progress, seen)
-        key, used = jax.random.split(state.key)
+        key, used = jax.random.split(state.draw_key)
         likely = probabilities(state.learner.weights, priors, features, state.decision_count)
         drawn = jax.random.uniform(used, [len(HEADS)], jnp.float32)
         actions = [draw(uniform, p) for uniform, p in zip(drawn, likely, strict=True)]
         moved = jnp.stack([jnp.asarray(m)[a] for m, a in zip(moves, actions, strict=True)])
         log_scales = state.log_scales + jnp.where(active, moved, 0.0)
         return state._replace(
-            key=key,
+            draw_key=key,
             decision_count=keep_room(state.decision_count, 1, 1) + 1,
             choice=Choice(features=features, actions=jnp.stack(actions), likely=likely),
             log_scales=jnp.clip(log_scales, *bounds),

@@ -45,7 +45,7 @@ class ReinforceState(NamedTuple):
     """State of `reinforce`.
 
     Attributes:
-      key: of the next draw.
+      draw_key: of the next draw.
       policy: the policy's weights.
       opt_state: of the policy's Adam.
       samples: the batch that the next policy update is made of.
@@ -59,12 +59,12 @@ class ReinforceState(NamedTuple):
       reward: what the last row paid, 0 at the first.
       action: the last decision, as its index among all pairs of a factor and a step.
       rate_scale: the product of the factors.
-      decay_offset: the sum of the steps.
+      added_decay: the sum of the steps.
       nonfinite_at_decision: ``nonfinite_count`` when the action was chosen.
       nonfinite_count: how often a needed metric was not finite.
     """
 
-    key: Key[Array, ""]
+    draw_key: Key[Array, ""]
     policy: Policy
     opt_state: optax.OptState
     samples: Samples
@@ -78,7 +78,7 @@ class ReinforceState(NamedTuple):
     reward: Float[Array, ""]
     action: Int[Array, ""]
     rate_scale: Float[Array, ""]
-    decay_offset: Float[Array, ""]
+    added_decay: Float[Array, ""]
     nonfinite_at_decision: Int[Array, ""]
     nonfinite_count: Int[Array, ""]
 
@@ -186,7 +186,7 @@ def reinforce(
         key, policy_key = jax.random.split(jax.random.key(seed))
         policy = new_policy(policy_key, FEATURES, hidden, len(factors) * len(steps))
         return ReinforceState(
-            key=key,
+            draw_key=key,
             policy=policy,
             opt_state=adam.init(policy),
             samples=Samples(
@@ -205,7 +205,7 @@ def reinforce(
             reward=jnp.zeros([], jnp.float32),
             action=jnp.zeros([], jnp.int32),
             rate_scale=jnp.ones([], jnp.float32),
-            decay_offset=jnp.zeros([], jnp.float32),
+            added_decay=jnp.zeros([], jnp.float32),
             nonfinite_at_decision=jnp.zeros([], jnp.int32),
             nonfinite_count=jnp.zeros([], jnp.int32),
         )
@@ -262,12 +262,12 @@ def reinforce(
         state = jax.lax.cond(is_credited, learn, _keep, state, reward)
         grad_norms = push(state.grad_norms, metrics["grad_norm"])
         features = _read_features(losses, grad_norms, cost, metrics)
-        key, used = jax.random.split(state.key)
+        key, used = jax.random.split(state.draw_key)
         action = jax.random.categorical(used, logits_of(state.policy, features)).astype(jnp.int32)
         factor = jnp.asarray(factors, jnp.float32)[action // len(steps)]
         step = jnp.asarray(steps, jnp.float32)[action % len(steps)]
         return state._replace(
-            key=key,
+            draw_key=key,
             losses=losses,
             grad_norms=grad_norms,
             cost=cost,
@@ -275,7 +275,7 @@ def reinforce(
             reward=jnp.where(jnp.isfinite(reward), reward, 0.0),
             action=action,
             rate_scale=_bounded_scale(state.rate_scale, factor, metrics),
-            decay_offset=_bounded_offset(state.decay_offset, step, metrics),
+            added_decay=_bounded_offset(state.added_decay, step, metrics),
             nonfinite_at_decision=state.nonfinite_count,
         )
 
@@ -293,7 +293,7 @@ def reinforce(
             out[key] = _within(base * state.rate_scale, base, RATES)
         for key in forms(hyperparams, "weight_decay"):
             base = _float(hyperparams[key])
-            out[key] = _within(base + state.decay_offset, base, DECAYS)
+            out[key] = _within(base + state.added_decay, base, DECAYS)
         return out
 
     return MetaOptimizer(

@@ -12,7 +12,7 @@ from table import row
 
 import meta_optax as mo
 from meta_optax import _heads
-from meta_optax._policy_gradient import FEATURES, HEADS
+from meta_optax._policy_gradient import FEATURES
 from meta_optax._signals import add_row, empty_signals, end_interval, read_signals
 
 FACTORS = (0.7, 1, 1.4)
@@ -113,9 +113,9 @@ class TestActions:
         state = meta.init()
         for step in range(30):
             state = _observe(meta, state, step, 3.0 / (step + 1), learning_rate=0.1)
-        assert state.learner.trace.learning_rate.any()
-        for head in HEADS[1:]:
-            assert not getattr(state.learner.trace, head).any()
+        assert state.learner.trace.rate_head.any()
+        for trace in state.learner.trace[1:]:
+            assert not trace.any()
         np.testing.assert_array_equal(_scales(state)[1:], 1.0)
 
     def test_scales_stay_within_their_bounds_and_owe_nothing(self):
@@ -211,13 +211,13 @@ class TestLearning:
     def test_trace_gradient_and_baseline(self):
         learner = self._learn(_heads.new_learner(FEATURES, [2] * 4), 0.5)
         # The first reward is its own deviation, so 1.
-        np.testing.assert_allclose(learner.trace.learning_rate[0], [-0.5, 0.5])
-        np.testing.assert_allclose(learner.gradient.learning_rate[0], [-0.01, 0.01], rtol=1e-5)
+        np.testing.assert_allclose(learner.trace.rate_head[0], [-0.5, 0.5])
+        np.testing.assert_allclose(learner.gradient.rate_head[0], [-0.01, 0.01], rtol=1e-5)
         assert float(learner.baseline) == pytest.approx(0.1)
         learner = self._learn(learner, 0.5, action=0)
-        np.testing.assert_allclose(learner.trace.learning_rate[0], [0.25, -0.25])
+        np.testing.assert_allclose(learner.trace.rate_head[0], [0.25, -0.25])
         wanted = 0.98 * 0.01 + 0.02 * 0.9 * -0.25
-        np.testing.assert_allclose(learner.gradient.learning_rate[0, 1], wanted, rtol=1e-5)
+        np.testing.assert_allclose(learner.gradient.rate_head[0, 1], wanted, rtol=1e-5)
 
     def test_rewards_are_in_deviations_and_clipped(self):
         learner = _heads.new_learner(FEATURES, [2] * 4)
@@ -259,10 +259,10 @@ class TestLearning:
             plain = _heads.prior_of(FACTORS)
             return _heads.probabilities(weights, (prior, plain, plain, plain), features, late)
 
-        np.testing.assert_allclose(likely(0.0).weight_decay, [0.1, 0.8, 0.1], atol=1e-4)
-        falling, rising = likely(-1.0).learning_rate, likely(1.0).learning_rate
-        assert float(falling[1]) > 0.75
-        assert float(rising[0]) > 0.5
+        np.testing.assert_allclose(likely(0.0).decay_head, [0.1, 0.8, 0.1], atol=1e-4)
+        for slope, cut in ((-1.0, -0.8), (0.0, 0.7), (1.0, 2.2)):
+            odds = np.array([math.exp(cut), 8.0, math.exp(-cut)])
+            np.testing.assert_allclose(likely(slope).rate_head, odds / odds.sum(), rtol=1e-3)
         np.testing.assert_array_equal(_heads.prior_of((0.5, 2.0))[0], [0.0, 0.0])
 
     def test_early_decisions_explore_more(self):

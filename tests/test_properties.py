@@ -55,10 +55,23 @@ def _in_range(used, base, name):
         values = np.asarray(values)
         assert np.isfinite(values).all(), (name, key, values)
         assert (values >= 0).all(), (name, key, values)
+    if name.startswith(("policy_gradient", "learned")):
+        _in_scales(used, base)
+        return
     rate, decay = np.asarray(used["learning_rate"]), np.asarray(used["weight_decay"])
     assert (rate <= base["learning_rate"] + tiny).all()
     assert (decay >= base["weight_decay"] - tiny).all()
     assert (decay <= 10.0 * max(base["weight_decay"], 1e-6) * (1 + 1e-6)).all()
+
+
+def _in_scales(used, base):
+    """Within the shares of the base that are the default of those that may also raise it."""
+    low, high = 1e-3 * (1 - 1e-5), 30.0 * (1 + 1e-5)
+    for key, values in used.items():
+        # Products of what is this small are rounded to no fixed share.
+        start, tiny = np.float64((base | FREE)[key]), 1e-30
+        assert (values >= low * start - tiny).all(), (key, values)
+        assert (values <= high * start + tiny).all(), (key, values)
 
 
 @pytest.mark.usefixtures("strict_numerics")
