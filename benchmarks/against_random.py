@@ -11,6 +11,8 @@ Expect:  a table: the final held-out loss of each arm over that of the compariso
 """
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +30,14 @@ RATE, WEIGHT_DECAY = 0.02037861, 1.764774e-05
 MULTIPLES = (0.1, 10.0)
 
 
-def online(make: mo.MetaOptimizer) -> _arms.Arm:
-    """An arm that does all the rest as `random_policy` does."""
-    return _arms._strategy("", lambda s: make, base=_arms.bare, wrap=_arms._warm_outside)
+def online(make: Callable[..., mo.MetaOptimizer], **arguments: Any) -> _arms.Arm:
+    """An arm that does all the rest as `random_policy` does, the draws by the run's seed too."""
+    return _arms._strategy(
+        "",
+        lambda s: make(seed=s.seed, **arguments),
+        base=_arms.bare,
+        wrap=_arms._warm_outside,
+    )
 
 
 def train(task: str, arm: _arms.Arm, seeds: np.ndarray) -> Runs:
@@ -61,9 +68,10 @@ def main() -> None:
     seeds = np.arange(arguments.seeds) + arguments.first_seed
     steps = TASKS[arguments.task]().steps
     arms = {
-        "policy_gradient": online(mo.policy_gradient()),
-        "policy_gradient, horizon known": online(mo.policy_gradient(horizon=steps)),
-        "reinforce": online(mo.reinforce()),
+        "policy_gradient": online(mo.policy_gradient),
+        "policy_gradient, horizon known": online(mo.policy_gradient, horizon=steps),
+        "policy_gradient, prior alone": online(mo.policy_gradient, policy_lr=0.0),
+        "reinforce": online(mo.reinforce),
         "constant": ARMS["constant"],
         "linear": ARMS["linear"],
     }

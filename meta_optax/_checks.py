@@ -98,7 +98,8 @@ def actions(name: str, values: Any, *, are_factors: bool) -> tuple[float, ...]:
       ValueError: if it is no list, is empty, is traced, or holds anything else.
     """
     what = "factors above 0" if are_factors else "finite steps"
-    is_list = isinstance(values, tuple | list | np.ndarray) and np.ndim(values) == 1
+    is_vector = isinstance(values, np.ndarray) and values.ndim == 1
+    is_list = is_vector or isinstance(values, tuple | list)
     if not is_list or len(values) == 0:
         raise ValueError(f"{name} must be a list of at least one of {what}, got {values!r}.")
     if not is_known(*values):

@@ -203,7 +203,7 @@ def policy_gradient(
     # A traced seed may use all 32 bits: a clip to int32 would make one of many.
     seed = seed if isinstance(seed, Tracer) else _checks.integer("seed", seed, low=0)
     priors = (prior_of(sets[0], _SLOPE_PRIOR), *map(prior_of, sets[1:]))
-    moves = tuple(np.log(np.asarray(values, np.float32)) for values in sets)
+    moves = tuple(np.log(values).astype(np.float32) for values in sets)
 
     def init() -> PolicyGradientState:
         learner = new_learner(FEATURES, list(map(len, sets)))

@@ -21,6 +21,7 @@ SHARES = [-0.1, 1.1, math.nan, None]
 FLAGS = [1, None, "yes"]
 NOT_NEGATIVE = [-1, 1.5, math.nan, None]
 OPEN_SHARES = [0.0, 1.0, -0.1, 1.5, math.nan, None, "0.5"]
+ACTIONS = [(), [], (0.0,), (0.5, -1), (math.inf,), 0.5, "0.5", None]
 SMOOTHINGS = [-1, 1.5, -0.5, math.nan, math.inf, None, "0.9", True, [3]]
 MODES = ["Min", "", None, 1, ["min"]]
 
@@ -89,6 +90,24 @@ BAD = [
     (mo.greedy, "min_scale", [0.0, 1.1, -1.0, math.nan, None]),
     (mo.greedy, "max_scale", [0.9, math.inf, -1.0, math.nan, None]),
     *(
+        (mo.policy_gradient, name, values)
+        for name, values in {
+            "update_frequency": POSITIVE_INTEGERS,
+            "horizon": [value for value in POSITIVE_INTEGERS if value is not None],
+            "lr_actions": ACTIONS,
+            "wd_actions": ACTIONS,
+            "gate_lr_actions": ACTIONS,
+            "expert_lr_actions": ACTIONS,
+            "policy_lr": [*AT_LEAST_ZERO, math.inf],
+            "trust_region": [*AT_LEAST_ZERO, math.inf],
+            "baseline_decay": [1.0, *SHARES],
+            "trace_decay": [1.0, *SHARES],
+            "min_scale": [0.0, 1.1, -1.0, math.nan, None],
+            "max_scale": [0.9, math.inf, -1.0, math.nan, None],
+            "seed": NOT_NEGATIVE,
+        }.items()
+    ),
+    *(
         (make, name, FLAGS)
         for make in (mo.expert_gate, mo.smart_expert_gate)
         for name in ("normalized_entropy", "per_layer")
@@ -120,6 +139,18 @@ def test_bad_argument_is_named(make, name, value):
     with pytest.raises(ValueError, match=name) as error:
         make(**{name: value})
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lr_actions", "wd_actions", "gate_lr_actions"])
+@pytest.mark.parametrize("value", ["0.7", math.nan, None, True, [0.7], 1j])
+def test_an_action_that_is_no_number_is_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        mo.policy_gradient(**{name: (1.0, value)})
+
+
+def test_traced_actions_are_an_error():
+    with pytest.raises(ValueError, match=r"lr_actions.*traced"):
+        jax.jit(lambda factor: mo.policy_gradient(lr_actions=(factor, 1.0)).init())(0.5)
 
 
 @pytest.mark.parametrize("kind", [int, float, np.float32, np.float64, jnp.float32, np.asarray])

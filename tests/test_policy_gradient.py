@@ -15,7 +15,7 @@ from meta_optax import _heads
 from meta_optax._policy_gradient import FEATURES
 from meta_optax._signals import add_row, empty_signals, end_interval, read_signals
 
-FACTORS = (0.7, 1, 1.4)
+FACTORS = (0.7, 1.0, 1.4)
 DECISIONS, LAST = 3000, 500
 PACE = _heads.Pace(rate=0.3, trust_region=0.02, baseline_decay=0.9, trace_decay=0.5)
 
@@ -146,12 +146,14 @@ class TestActions:
         assert float(state.choice.features[7]) == pytest.approx(math.tanh(1.5))
 
     def test_seeds_under_vmap_are_those_by_themselves(self):
+        @jax.jit
         def run(seed):
             meta = mo.policy_gradient(update_frequency=1, seed=seed)
-            state = meta.init()
-            for step in range(12):
-                state = _observe(meta, state, step, 2.0 / (step + 1))
-            return state.log_scales
+
+            def advance(state, step):
+                return _observe(meta, state, step, 2.0 / (step + 1.0)), None
+
+            return jax.lax.scan(advance, meta.init(), jnp.arange(12))[0].log_scales
 
         together = jax.vmap(run)(jnp.arange(3))
         np.testing.assert_allclose(together, [run(i) for i in range(3)], rtol=1e-6)
