@@ -33,6 +33,7 @@ from moe_model import BYTES, ModelConfig, MoeTransformer
 from train_moe import BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, loss_and_statistics
 
 METRICS = ("value", "grad_norm", "param_norm", "gate_entropy_normalized", "max_violation")
+RATES = ("learning_rate", "gate_learning_rate", "expert_learning_rate")
 # Each decides at every step; `reinforce` then also updates its policy at every one.
 STRATEGIES: dict[str, Callable[[], mo.MetaOptimizer]] = {
     "policy_gradient": lambda: mo.policy_gradient(update_frequency=1),
@@ -42,54 +43,51 @@ STRATEGIES: dict[str, Callable[[], mo.MetaOptimizer]] = {
 Call = Callable[[], None]
 
 
-def compiled(function: Callable[..., Any], carry: Any, *rest: Any) -> Call:
-    """A call that goes on from the last one's results, which are donated, and waits for its own."""
-    run = jax.jit(function, donate_argnums=0).lower(carry, *rest).compile()
+def compiled(advance: Callable[..., Any], carry: Any, *given: Any) -> Call:
+    """A call that advances what the last one left, which is donated, and waits for its end."""
+    run = jax.jit(advance, donate_argnums=0).lower(carry, *given).compile()
+    # Copies: what is donated may be one array under two names, or the caller's own.
     held = [jax.tree.map(jnp.copy, carry)]
 
     def call() -> None:
-        held[0] = jax.block_until_ready(run(held[0], *rest))
+        held[0] = jax.block_until_ready(run(held[0], *given))
 
     return call
 
 
 def training_step(graphdef: nnx.GraphDef, params: Any) -> Call:
-    """The example's model, batch and loss under plain AdamW."""
-    length = ModelConfig().length + 1
-    tokens = jax.random.randint(jax.random.key(0), (BATCH_SIZE, length), 0, BYTES)
+    """The example's model and loss on random bytes, under plain AdamW."""
+    shape = (BATCH_SIZE, ModelConfig().length + 1)
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, BYTES)
     batch = {"tokens": tokens, "corpus": jnp.arange(BATCH_SIZE) % len(CORPORA)}
     inject = optax.inject_hyperparams(optax.adamw)
     tx = inject(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def step(carry: Any, batch: Any) -> Any:
         params, state = carry
-        losses = jax.value_and_grad(
-            lambda params: loss_and_statistics(graphdef, params, batch), has_aux=True
-        )
-        (_, statistics), grads = losses(params)
+        grads = jax.grad(lambda params: loss_and_statistics(graphdef, params, batch)[0])(params)
         updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), statistics
+        return optax.apply_updates(params, updates), state
 
-    return compiled(lambda carry, batch: step(carry[0], batch), ((params, tx.init(params)), {}))
+    return compiled(step, (params, tx.init(params)), batch)
 
 
 def decision(strategy: mo.MetaOptimizer) -> Call:
     """What is observed and applied, from metrics that are there."""
-    base = {"learning_rate": jnp.float32(LEARNING_RATE), "weight_decay": jnp.float32(WEIGHT_DECAY)}
-    base |= {f"{group}_learning_rate": base["learning_rate"] for group in ("gate", "expert")}
-    given = dict.fromkeys(METRICS, jnp.float32(0.5))
+    rates = dict.fromkeys(RATES, jnp.float32(LEARNING_RATE))
+    base = {**rates, "weight_decay": jnp.float32(WEIGHT_DECAY)}
+    metrics = dict.fromkeys(METRICS, jnp.float32(0.5))
 
-    def decide(carry: Any, base: Any, given: Any) -> Any:
-        state, step = carry
-        state = strategy.observe(state, {**given, **strategy.apply(state, base), "step": step})
-        return (state, step + 1), strategy.apply(state, base)
+    def decide(carry: Any, base: Any, metrics: Any) -> Any:
+        state, step, used = carry
+        state = strategy.observe(state, {**metrics, **used, "step": step})
+        return state, step + 1, strategy.apply(state, base)
 
-    start = strategy.init(), jnp.int32(1)
-    return compiled(lambda carry, *rest: decide(carry[0], *rest), (start, base), base, given)
+    return compiled(decide, (strategy.init(), jnp.int32(1), base), base, metrics)
 
 
 def decision_with_norms(strategy: mo.MetaOptimizer, params: Any) -> Call:
-    """The same around an optimizer that does nothing, which leaves what the norms cost."""
+    """The same around an optimizer that does nothing, so that what is left is the norms."""
 
     def nothing(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
         del learning_rate, weight_decay

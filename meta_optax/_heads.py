@@ -101,13 +101,13 @@ def new_learner(features: int, actions: Sequence[int]) -> Learner:
     )
 
 
-def prior_of(factors: Sequence[float], slope: tuple[float, float] | None = None) -> np.ndarray:
+def prior_of(factors: Sequence[float], lean: float = 0.0) -> np.ndarray:
     """Weights [2, actions] of 1 and of the slope's score, whose logits prefer the factor 1.
 
     Args:
       factors: what the actions do.
-      slope: how much more likely a cut is where the loss is flat, and how much more yet where it
-        rises, in logits; a raise is less likely by as much. None for a prior that does not look.
+      lean: by how many logits a cut is likelier, and a raise less likely, where the loss is flat:
+        by twice as many where it surely rises, and by none where it surely falls.
     """
     values = np.asarray(factors, np.float32)
     still = values == 1.0
@@ -115,9 +115,8 @@ def prior_of(factors: Sequence[float], slope: tuple[float, float] | None = None)
     if still.any() and not still.all():
         odds = _STILL / still.sum() / ((1.0 - _STILL) / (~still).sum())
         bias = np.where(still, math.log(odds), 0.0)
-    flat, rising = slope or (0.0, 0.0)
-    side = np.sign(1.0 - values)
-    return np.stack([bias + flat * side, rising * side]).astype(np.float32)
+    down = lean * np.sign(1.0 - values)
+    return np.stack([bias + down, down]).astype(np.float32)
 
 
 def probabilities(

@@ -46,8 +46,8 @@ HEADS = ("learning_rate", "weight_decay", "gate_learning_rate", "expert_learning
 FEATURES = 8
 # Losses count by their logarithms down to this share of the first.
 _LINEAR_BELOW = 1e-12
-# Logits by which a cut of the rate is likelier where the loss is flat, and more where it rises.
-_SLOPE_PRIOR = (0.7, 1.5)
+# Logits by which the prior makes a cut of the rate likelier where the loss is flat.
+_LEAN = 1.0
 # The cut of the rate after a loss that was not finite.
 _CUT = 0.5
 
@@ -116,10 +116,10 @@ def policy_gradient(
       \quad \tau_k = 1 + \frac{20}{20 + k}
 
     so that it explores less and less with the decisions k. The prior gives the factor 1 a
-    probability of 0.8; for the learning rate it adds :math:`0.7 + 1.5 s` to the logits of cuts, and
-    takes it from those of raises, with s in [-1, 1] the score of the loss's slope: what falls is
-    left alone, what is flat or rises is cut now and then. Scales stay within ``min_scale`` and
-    ``max_scale`` of the base.
+    probability of 0.8 at :math:`\tau = 1`; for the learning rate it then adds :math:`1 + z` to the
+    logits of cuts, and takes it from those of raises, with z in [-1, 1] the score of the loss's
+    slope: what surely falls is left alone, what is flat or rises is cut now and then. Scales stay
+    within ``min_scale`` and ``max_scale`` of the base.
 
     The reward of a decision is the fall of the log loss in the interval after it, beyond what a
     power law of time through the eight intervals before predicts, over its running root mean
@@ -146,7 +146,9 @@ def policy_gradient(
     routers' normalized entropy and MaxVio, if they are passed.
 
     A run has tens or hundreds of decisions, and its losses are noisy: mostly there is little to
-    learn from, and then this does little. A rate far off is better left to `advanced_plateau`.
+    learn from, and what acts is the prior. On a loss without slope that takes the rate down a
+    thousandfold in some ninety decisions, so ``update_frequency`` should be about a hundredth of
+    the run. A rate far off is better left to `advanced_plateau`.
 
     Metrics, all scalars: ``value`` (the loss), ``grad_norm`` and ``param_norm``;
     ``gate_entropy_normalized`` and ``max_violation`` if they are passed.
@@ -202,7 +204,7 @@ def policy_gradient(
     bounds = _checks.scale_bounds(min_scale, max_scale)
     # A traced seed may use all 32 bits: a clip to int32 would make one of many.
     seed = seed if isinstance(seed, Tracer) else _checks.integer("seed", seed, low=0)
-    priors = (prior_of(sets[0], _SLOPE_PRIOR), *map(prior_of, sets[1:]))
+    priors = (prior_of(sets[0], _LEAN), *map(prior_of, sets[1:]))
     moves = tuple(np.log(values).astype(np.float32) for values in sets)
 
     def init() -> PolicyGradientState:

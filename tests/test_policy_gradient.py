@@ -252,7 +252,7 @@ class TestLearning:
         assert float(_heads.within_trust(1e-4 * move, self.features, likely, share)) == 1.0
 
     def test_prior_prefers_to_leave_alone_and_cuts_what_rises(self):
-        prior = _heads.prior_of(FACTORS, (0.7, 1.5))
+        prior = _heads.prior_of(FACTORS, 1.0)
         weights = _heads.Heads(*[jnp.zeros([FEATURES, 3])] * 4)
         late = jnp.int32(10**6)
 
@@ -262,7 +262,7 @@ class TestLearning:
             return _heads.probabilities(weights, (prior, plain, plain, plain), features, late)
 
         np.testing.assert_allclose(likely(0.0).decay_head, [0.1, 0.8, 0.1], atol=1e-4)
-        for slope, cut in ((-1.0, -0.8), (0.0, 0.7), (1.0, 2.2)):
+        for slope, cut in ((-1.0, 0.0), (0.0, 1.0), (1.0, 2.0)):
             odds = np.array([math.exp(cut), 8.0, math.exp(-cut)])
             np.testing.assert_allclose(likely(slope).rate_head, odds / odds.sum(), rtol=1e-3)
         np.testing.assert_array_equal(_heads.prior_of((0.5, 2.0))[0], [0.0, 0.0])

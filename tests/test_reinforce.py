@@ -144,7 +144,10 @@ class TestPolicy:
         chosen = jax.vmap(
             lambda seed: (
                 _observe(
-                    mo.reinforce(seed=seed), meta.init()._replace(draw_key=jax.random.key(seed)), 0, 1.0
+                    mo.reinforce(seed=seed),
+                    meta.init()._replace(draw_key=jax.random.key(seed)),
+                    0,
+                    1.0,
                 ).action
             )
         )(jnp.arange(900, dtype=jnp.int32))
