@@ -29,6 +29,8 @@ TAIL = 200  # steps at the end over which a metric's mean is quoted
 
 # What is done to a batch, given its step.
 Spoil = Callable[[Array, dict[str, Array]], dict[str, Array]]
+# What more is to be kept of a step, from the optimizer's state after it.
+Watch = Callable[[Any], dict[str, Array]]
 
 
 class Run(NamedTuple):
@@ -52,6 +54,7 @@ def train(
     steps: int,
     capacity: float | None = None,
     spoil: Spoil | None = None,
+    watch: Watch | None = None,
 ) -> Run:
     """Trains as `tiny_moe.train` does, one seed, and keeps the gradient's norm and biases too."""
 
@@ -69,6 +72,7 @@ def train(
         history |= {"grad_norm": optax.tree.norm(grads), "bias": params["balance_bias"]}
         plateaus = {name: optax.tree.get(state, name) for name in ("best", "bad_count")}
         history |= {name: value for name, value in plateaus.items() if value is not None}
+        history |= {} if watch is None else watch(state)
         return (optax.apply_updates(params, updates), state), history
 
     @jax.jit

@@ -2,7 +2,7 @@
 
 Run:     python docs/plots.py [--out docs/strategies] [--only guard_collapse ...]
          (needs scikit-learn and matplotlib: pip install ".[examples]")
-Time:    about three minutes on two cores.
+Time:    about four minutes on two cores.
 Expect:  a PNG per strategy, and a line per run: its held-out loss and accuracy, and the numbers
          that the pages quote. The model and the data are those of `benchmarks/tiny_moe.py`, sixteen
          tiny experts on scikit-learn's digits; every run is one seed, 0.
@@ -41,6 +41,7 @@ from plots_of_plateaus import (
     plot_skip_spikes,
     plot_trend_plateau,
 )
+from plots_of_policies import plot_policy_gradient, plot_reinforce
 
 import meta_optax as mo
 
@@ -200,6 +201,7 @@ def plot_balance_router_bias() -> Figure:
 
 ALL = (
     *(plot_plateau, plot_advanced_plateau, plot_trend_plateau, plot_greedy, plot_skip_spikes),
+    *(plot_reinforce, plot_policy_gradient),
     *(plot_expert_gate, plot_smart_expert_gate),
     *(plot_adapt_aux_loss, plot_guard_collapse, plot_balance_router_bias),
 )

@@ -1,5 +1,6 @@
 """The modern policy gradient: what it sees, what it credits, how far it moves, what it refuses."""
 
+import functools
 import math
 
 import chex
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from table import row
+from table import LABELS, params, row
 
 import meta_optax as mo
 from meta_optax import _heads
@@ -16,40 +17,42 @@ from meta_optax._policy_gradient import FEATURES
 from meta_optax._signals import add_row, empty_signals, end_interval, read_signals
 
 FACTORS = (0.7, 1.0, 1.4)
-DECISIONS, LAST = 3000, 500
+GROUP_RATES = ("gate_learning_rate", "expert_learning_rate")
+DECISIONS, LAST, GAIN = 3000, 500, 1e-2
 PACE = _heads.Pace(rate=0.3, trust_region=0.02, baseline_decay=0.9, trace_decay=0.5)
 
 
-def _play(seeds, gain, *, shift=0, noise=0.0, add=False, **arguments):
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(0, None, None, None, None, None))
+def _decide_often(seed, best, noise, shift, add, trace_decay):
+    """The actions of the rate's head; compiled once for all bandits."""
+    meta = mo.policy_gradient(update_frequency=1, seed=seed, trace_decay=trace_decay)
+    drawn = noise * jax.random.normal(jax.random.key(1000 + seed), [DECISIONS])
+
+    def decide(carry, step_and_noise):
+        state, loss, past = carry
+        step, wobble = step_and_noise
+        metrics = {"step": step, "value": loss, "grad_norm": 1.0, "param_norm": 1.0}
+        metrics |= {"learning_rate": jnp.float32(1e-3), "weight_decay": jnp.float32(1e-4)}
+        state = meta.observe(state, metrics)
+        past = jnp.concatenate([state.choice.actions[:1], past[:-1]])
+        fall = jnp.where(past[shift] == best, GAIN, 0.0) - wobble
+        loss = jnp.where(add, loss - fall, loss * jnp.exp(-fall))
+        return (state, loss, past), state.choice.actions[0]
+
+    start = (meta.init(), jnp.float32(5.0), jnp.zeros([2], jnp.int32))
+    return jax.lax.scan(decide, start, (jnp.arange(DECISIONS, dtype=jnp.int32), drawn))[1]
+
+
+def _play(best=None, *, noise=0.0, shift=0, add=False, trace_decay=0.5):
     """The shares of the rate's factors in the last decisions, [seeds, factors].
 
     The factor of one decision sets by how much the loss, or its logarithm, falls to the next.
     """
-
-    def run(seed):
-        meta = mo.policy_gradient(update_frequency=1, seed=seed, **arguments)
-        drawn = noise * jax.random.normal(jax.random.key(1000 + seed), [DECISIONS])
-
-        def decide(carry, step_and_noise):
-            state, loss, past = carry
-            step, wobble = step_and_noise
-            metrics = {"step": step, "value": loss, "grad_norm": 1.0, "param_norm": 1.0}
-            metrics |= {"learning_rate": jnp.float32(1e-3), "weight_decay": jnp.float32(1e-4)}
-            state = meta.observe(state, metrics)
-            past = jnp.concatenate([state.choice.actions[:1], past[:-1]])
-            fall = gain(past[shift]) - wobble
-            loss = loss - fall if add else loss * jnp.exp(-fall)
-            return (state, loss, past), state.choice.actions[0]
-
-        start = (meta.init(), jnp.float32(5.0), jnp.zeros([2], jnp.int32))
-        return jax.lax.scan(decide, start, (jnp.arange(DECISIONS, dtype=jnp.int32), drawn))[1]
-
-    actions = np.asarray(jax.jit(jax.vmap(run))(jnp.asarray(seeds, jnp.int32)))
+    best = -1 if best is None else best
+    seeds = jnp.arange(5, dtype=jnp.int32)
+    actions = np.asarray(_decide_often(seeds, best, noise, shift, add, trace_decay))
     return np.stack([(actions[:, -LAST:] == i).mean(axis=1) for i in range(len(FACTORS))], axis=1)
-
-
-def _pays(best, gain=1e-2):
-    return lambda action: jnp.where(action == best, gain, 0.0)
 
 
 class TestBandit:
@@ -57,31 +60,38 @@ class TestBandit:
 
     @pytest.mark.parametrize("best", range(len(FACTORS)))
     def test_it_finds_the_factor_that_pays(self, best):
-        shares = _play(range(5), _pays(best))
+        shares = _play(best)
         assert (shares[:, best] >= 0.8).all(), shares
 
     def test_it_finds_it_in_a_loss_that_goes_through_zero(self):
-        shares = _play(range(5), _pays(2), add=True)
+        shares = _play(2, add=True)
         assert (shares[:, 2] >= 0.8).all(), shares
 
     def test_noise_of_the_same_size_hides_little(self):
-        shares = _play(range(5), _pays(2), noise=1e-2)
+        shares = _play(2, noise=GAIN)
         assert (shares[:, 2] >= 0.6).all(), shares
         assert np.median(shares[:, 2]) >= 0.8, shares
 
     def test_it_fails_where_each_reward_is_of_the_decision_before(self):
         """Without a trace, which is there to credit decisions before."""
-        shares = _play(range(5), _pays(2), shift=1, trace_decay=0.0)
+        shares = _play(2, shift=1, trace_decay=0.0)
         assert (shares[:, 2] < 0.6).all(), shares
+        # Nor is it the trace that makes it find what pays.
+        assert (_play(2, trace_decay=0.0)[:, 2] >= 0.8).all()
 
     def test_noise_alone_leaves_the_prior_alone(self):
-        shares = _play(range(5), lambda action: 0.0 * action, noise=1e-2)
+        shares = _play(noise=GAIN)
         assert np.median(shares[:, 1]) >= 0.5, shares
         assert (np.median(shares, axis=0)[[0, 2]] < 0.4).all(), shares
 
 
+@functools.cache
+def _compiled(meta):
+    return jax.jit(meta.observe)
+
+
 def _observe(meta, state, step, value=1.0, **more):
-    return meta.observe(
+    return _compiled(meta)(
         state, {"step": step, "value": value, "grad_norm": 1.0, "param_norm": 1.0, **more}
     )
 
@@ -101,7 +111,7 @@ class TestActions:
         )
         base = {"learning_rate": 0.1, "weight_decay": 0.01, "gate_learning_rate": 0.2}
         base |= {"expert_learning_rate": 0.4, "expert_weight_decay": 0.02, "b1": 0.9}
-        state = _observe(meta, meta.init(), 0)
+        state = _observe(meta, meta.init(), 0, **base)
         state = _observe(meta, state, 1, **base)
         used = meta.apply(state, base)
         wanted = {"learning_rate": 0.05, "weight_decay": 0.02, "gate_learning_rate": 0.08}
@@ -161,9 +171,10 @@ class TestActions:
 
 
 class TestNonFinite:
+    meta = mo.policy_gradient(update_frequency=4, lr_actions=(0.7,), wd_actions=(2,))
+
     def _after_bad(self, **bad):
-        meta = mo.policy_gradient(update_frequency=4, lr_actions=(0.7,), wd_actions=(2,))
-        state = meta.init()
+        meta, state = self.meta, self.meta.init()
         for step in range(5):
             state = _observe(meta, state, step)
         assert _scales(state)[:2] == pytest.approx([0.7, 2.0])
@@ -326,3 +337,83 @@ def test_in_a_real_optimizer_it_says_why():
     made = [d for d in mo.read_decisions(state) if d.hyperparam == "learning_rate"]
     assert [(d.step, d.new) for d in made] == [(1, pytest.approx(0.05)), (2, pytest.approx(0.025))]
     assert made[0].reason == "policy_gradient: action"
+
+
+class TestInAnOptimizer:
+    def _train(self, tx, p, steps=40, **more):
+        """The state after steps of a falling loss."""
+
+        def advance(state, step):
+            metrics = {"value": 2.0 / (step + 1.0), **more}
+            return tx.update(p, state, p, **metrics)[1], None
+
+        return jax.jit(lambda s: jax.lax.scan(advance, s, jnp.arange(steps))[0])(tx.init(p))
+
+    def test_groups_have_heads_of_their_own_that_act_and_say_why(self):
+        probs = jax.nn.softmax(jnp.arange(12.0).reshape(3, 4) / 4.0)
+        p = params()
+        tx = mo.inject_meta_hyperparams(
+            mo.moe_partition(optax.adamw, LABELS),
+            mo.with_decisions(mo.policy_gradient(update_frequency=1), 256),
+        )(learning_rate=0.1, gate_learning_rate=0.1, expert_learning_rate=0.1)
+        state = self._train(tx, p, **mo.router_metrics(probs, probs.argmax(axis=1)[:, None]))
+        made = mo.read_decisions(state)
+        factors = {name: set() for name in ("learning_rate", *GROUP_RATES)}
+        for decision in made:
+            assert decision.reason == "policy_gradient: action"
+            if decision.hyperparam in factors:
+                factors[decision.hyperparam].add(round(decision.new / decision.old, 2))
+        # A group's rate moves by its own factor, by the common one, or by both.
+        assert factors["learning_rate"] <= {0.7, 1.4}
+        assert all({0.8, 1.25} & factors[name] for name in GROUP_RATES)
+        learned = state.meta_state.inner
+        assert all(trace.any() for trace in learned.learner.trace)
+        assert learned.choice.features[6:].all()
+
+    def test_rates_that_are_not_there_are_not_missed(self):
+        """Groups without rates of their own follow the common one."""
+        tx = mo.inject_meta_hyperparams(
+            mo.moe_partition(optax.adamw, LABELS), mo.policy_gradient(update_frequency=1)
+        )(learning_rate=0.1)
+        state = self._train(tx, params())
+        assert not state.meta_state.log_scales[2:].any()
+        assert state.meta_state.log_scales[0] != 0
+
+    def test_a_loss_that_comes_now_and_then_is_what_counts(self):
+        """Rows without one are not seen: decisions fall on steps that have one."""
+        meta = mo.policy_gradient(update_frequency=2, lr_actions=(0.5,))
+
+        def advance(state, step):
+            return _observe(meta, state, step, (jnp.float32(1.0), step % 4 == 0)), None
+
+        state = jax.jit(lambda s: jax.lax.scan(advance, s, jnp.arange(9))[0])(meta.init())
+        assert int(state.decision_count) == 2
+        assert int(state.nonfinite_count) == 0
+
+    def test_a_flag_hides_a_loss_that_is_not_finite(self):
+        meta = mo.policy_gradient()
+        state = _observe(meta, meta.init(), 0, (jnp.float32(math.nan), False))
+        chex.assert_trees_all_equal(state, meta.init())
+
+    def test_behind_an_optimizer_the_rate_alone_has_a_head(self):
+        tx = optax.chain(optax.adamw(0.1), mo.scale_by_meta(mo.policy_gradient(update_frequency=1)))
+        state = self._train(tx, params(), grad_norm=jnp.float32(1.0))[1]
+        assert not state.meta_state.log_scales[1:].any()
+        wanted = math.exp(float(state.meta_state.log_scales[0]))
+        assert float(state.hyperparams["learning_rate_scale"]) == pytest.approx(wanted)
+
+
+def test_a_loss_that_never_changes_is_nothing_to_learn_from():
+    meta = mo.policy_gradient(update_frequency=1)
+
+    @jax.jit
+    @jax.vmap
+    def run(loss):
+        def advance(state, step):
+            return _observe(meta, state, step, loss), None
+
+        return jax.lax.scan(advance, meta.init(), jnp.arange(50))[0]
+
+    state = run(jnp.array([0.0, 1.0, -1.0, 3e38, -3e38, 1e-40], jnp.float32))
+    chex.assert_tree_all_finite((state.learner, state.log_scales, state.choice))
+    assert not any(weights.any() for weights in state.learner.weights)
