@@ -109,8 +109,9 @@ def policy_gradient(
     r"""Learns, while training runs, which changes of the rates make the loss fall faster.
 
     At the steps n, 2n, ... four heads draw a factor each: of the learning rate, of weight decay
-    and, where there are forms of them, of the gates' and the experts' rates on top of the common
-    one. With :math:`x` the features, and a head's weights W beside those B of its prior,
+    and, where the factory was given rates of their own (``gate_learning_rate=``), of those of gates
+    and experts, on top of the common factor. With :math:`x` the features, and a head's weights W
+    beside those B of its prior,
 
     .. math:: \pi(\cdot | x) = \operatorname{softmax}\!\left(\frac{(B + W)^T x}{\tau_k}\right),
       \quad \tau_k = 1 + \frac{20}{20 + k}
@@ -343,7 +344,9 @@ def _progress(step: Int[Array, ""], steps: Any) -> Float[Array, ""]:
 def _log_update(signals: Signals, seen: Metrics) -> Float[Array, ""]:
     """The logarithm of rate times gradient norm over the params' norm, of the last interval."""
     norms = signals.grad_norms.values[-1] - signals.param_norms[-1]
-    return jnp.log(jnp.maximum(seen["learning_rate"], 1e-30)) + norms
+    # A schedule of the user's may give anything, and a NaN would never leave the policy.
+    rate = jnp.nan_to_num(seen["learning_rate"], nan=1.0)
+    return jnp.log(jnp.clip(rate, 1e-30, 1e30)) + norms
 
 
 def _read_features(

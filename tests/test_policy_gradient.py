@@ -85,6 +85,10 @@ class TestBandit:
         assert (np.median(shares, axis=0)[[0, 2]] < 0.4).all(), shares
 
 
+# Of one object the transition compiles once, whatever number of tests call it.
+EAGER = mo.policy_gradient(update_frequency=1)
+
+
 @functools.cache
 def _compiled(meta):
     return jax.jit(meta.observe)
@@ -119,10 +123,9 @@ class TestActions:
         assert {k: pytest.approx(float(v), rel=1e-6) for k, v in used.items()} == wanted
 
     def test_heads_of_nothing_stay_and_learn_nothing(self):
-        meta = mo.policy_gradient(update_frequency=1)
-        state = meta.init()
+        state = EAGER.init()
         for step in range(30):
-            state = _observe(meta, state, step, 3.0 / (step + 1), learning_rate=0.1)
+            state = _observe(EAGER, state, step, 3.0 / (step + 1), learning_rate=0.1)
         assert state.learner.trace.rate_head.any()
         for trace in state.learner.trace[1:]:
             assert not trace.any()
@@ -154,6 +157,13 @@ class TestActions:
         assert float(state.choice.features[3]) == 1.0
         assert float(state.choice.features[6]) == pytest.approx(-0.6)
         assert float(state.choice.features[7]) == pytest.approx(math.tanh(1.5))
+
+    @pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, 0.0, -1.0])
+    def test_no_schedule_leads_to_features_that_are_not_finite(self, rate):
+        state = EAGER.init()
+        for step in range(3):
+            state = _observe(EAGER, state, step, learning_rate=rate)
+        assert np.isfinite(state.choice.features).all()
 
     def test_seeds_under_vmap_are_those_by_themselves(self):
         @jax.jit
