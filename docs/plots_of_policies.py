@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -27,7 +28,8 @@ from plot_tools import (
 import meta_optax as mo
 from meta_optax._policy import logits_of
 
-STEPS = 1000
+# `reinforce` decides at step 0 too, but every action is as likely then as it is at 10.
+STEPS, FIRST_DECISION = 1000, 10
 SEEDS = {0: BLUE, 1: RED, 2: GREEN}
 
 
@@ -68,10 +70,9 @@ def _draw_run(panels: Sequence[Axes], run: Run, color: str, name: str) -> None:
 
 def _draw_chances(axes: Axes, run: Run, names: Sequence[str]) -> None:
     """How likely each of the three moves of the rate was, stacked, over the steps."""
-    chances = run.history["chances"].T
-    axes.stackplot(
-        range(chances.shape[1]), chances, labels=names, colors=(RED, GREY, BLUE), alpha=0.5, lw=0
-    )
+    steps = np.arange(FIRST_DECISION, STEPS)
+    chances = run.history["chances"][FIRST_DECISION:].T
+    axes.stackplot(steps, chances, labels=names, colors=(RED, GREY, BLUE), alpha=0.5, lw=0)
     axes.set_ylim(0.0, 1.0)
 
 

@@ -141,10 +141,11 @@ def policy_gradient(
     action back and halves the rate, and the interval is not credited. A gradient norm that is not
     finite is counted, and no more.
 
-    The features, each within [-1, 1]: 1; the t statistic of the slope of the log loss; the log of
-    the rate over its base; progress, if a ``horizon`` is given; the robust z-score of the gradient
-    norm; the log of rate times gradient norm over params norm, since the first interval; the
-    routers' normalized entropy and MaxVio, if they are passed.
+    The features, each within [-1, 1]: 1; the score of the slope of the log loss, tanh(t / 2) of its
+    t statistic, and -1 before there is one; the log of the rate over its base; progress, if a
+    ``horizon`` is given; the robust z-score of the gradient norm; the log of rate times gradient
+    norm over params norm, since the first interval; the routers' normalized entropy and MaxVio, if
+    they are passed.
 
     A run has tens or hundreds of decisions, and its losses are noisy: mostly there is little to
     learn from, and what acts is the prior. On a loss without slope that takes the rate down a
@@ -355,9 +356,12 @@ def _read_features(
     """What the policy sees, each within [-1, 1]; 0 of what was not passed."""
     entropy = 2.0 * seen["gate_entropy_normalized"] - 1.0 if _MIXTURE[0] in seen else 0.0
     violation = jnp.tanh(seen["max_violation"] / 2.0) if _MIXTURE[1] in seen else 0.0
+    # Two intervals have no slope with an error: until there is one the loss is taken to fall, or
+    # the prior would cut what it knows nothing of.
+    slope = jnp.where(state.signals.ended > 2, jnp.tanh(reading.slope_score / 2.0), -1.0)
     features = [
         jnp.ones([], jnp.float32),
-        jnp.tanh(reading.slope_score / 4.0),
+        slope,
         state.log_scales[0] / math.log(30.0),
         progress,
         jnp.tanh(reading.grad_score / 4.0),
