@@ -86,8 +86,9 @@ def test_each_section_is_one_command(section):
 
 def test_table_names_every_strategy_and_combinator():
     plateaus = ("plateau", "advanced_plateau", "trend_plateau", "greedy")
+    policies = ("reinforce", "policy_gradient")
     gates = ("expert_gate", "smart_expert_gate")
-    for name in (*plateaus, *gates, "adapt_aux_loss", "guard_collapse"):
+    for name in (*plateaus, *policies, *gates, "adapt_aux_loss", "guard_collapse"):
         assert f"| [`{name}`](docs/strategies/{name}.md) |" in README
     for name in ("chain", "every", "bounded", "log_only", "hold_spikes", "with_decisions"):
         assert f"| `{name}(" in README
