@@ -184,38 +184,43 @@ class TestNonFinite:
     meta = mo.policy_gradient(update_frequency=4, lr_actions=(0.7,), wd_actions=(2,))
 
     def _after_bad(self, **bad):
+        """Decisions at steps 4 and 8, and a bad row at 9."""
         meta, state = self.meta, self.meta.init()
-        for step in range(5):
+        for step in range(9):
             state = _observe(meta, state, step)
-        assert _scales(state)[:2] == pytest.approx([0.7, 2.0])
-        held = _observe(meta, state, 5, **bad)
+        assert _scales(state)[:2] == pytest.approx([0.49, 4.0])
+        assert int(state.learner.count) == 1
+        held = _observe(meta, state, 9, **bad)
         return meta, state, held
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_a_bad_loss_takes_the_action_back_and_cuts_at_the_next_finite_row(self, bad):
         meta, state, held = self._after_bad(value=bad)
         chex.assert_trees_all_equal(held.log_scales, state.log_scales)
-        after = _observe(meta, held, 6)
-        assert _scales(after)[:2] == pytest.approx([0.5, 1.0])
+        after = _observe(meta, held, 10)
+        assert _scales(after)[:2] == pytest.approx([0.35, 2.0])
         rules = after.decision_rules()["learning_rate"]
         assert rules.texts[int(rules.index)] == "policy_gradient: loss not finite"
-        # Once, however many rows follow.
-        assert _scales(_observe(meta, after, 7))[:2] == pytest.approx([0.5, 1.0])
+        # Once, however many rows follow; and another bad one cuts again.
+        after = _observe(meta, after, 11)
+        assert _scales(after)[:2] == pytest.approx([0.35, 2.0])
+        after = _observe(meta, _observe(meta, after, 12, bad), 13)
+        assert _scales(after)[:2] == pytest.approx([0.175, 2.0])
 
     def test_the_interval_of_a_bad_loss_is_not_credited(self):
         meta, _, held = self._after_bad(value=math.nan)
-        for step in (6, 7, 8):
-            held = _observe(meta, held, step)
-        assert int(held.learner.count) == 0
-        assert int(held.decision_count) == 2
-        for step in (9, 10, 11, 12):
+        for step in (10, 11, 12):
             held = _observe(meta, held, step)
         assert int(held.learner.count) == 1
+        assert int(held.decision_count) == 3
+        for step in (13, 14, 15, 16):
+            held = _observe(meta, held, step)
+        assert int(held.learner.count) == 2
 
     def test_a_bad_norm_is_no_decision(self):
         meta, state, held = self._after_bad(grad_norm=math.inf)
         assert int(held.nonfinite_count) == 1
-        chex.assert_trees_all_equal(_observe(meta, held, 6).log_scales, state.log_scales)
+        chex.assert_trees_all_equal(_observe(meta, held, 10).log_scales, state.log_scales)
 
 
 class TestLearning:
