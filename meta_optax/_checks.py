@@ -114,7 +114,8 @@ def scale_bounds(min_scale: Any, max_scale: Any) -> tuple[jax.Array, jax.Array]:
     """The logarithms of the bounds of a scale, the lower in (0, 1] and the upper in [1, inf)."""
     least = real("min_scale", min_scale, low=0.0, high=1.0, open_low=True)
     most = real("max_scale", max_scale, low=1.0, open_high=True)
-    return tuple(jnp.log(jnp.asarray(end, jnp.float32)) for end in (least, most))
+    low, high = (jnp.log(jnp.asarray(end, jnp.float32)) for end in (least, most))
+    return low, high
 
 
 def pair(name: str, value: Any, *, what: str, high: float = math.inf) -> tuple[Any, Any]:

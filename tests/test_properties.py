@@ -14,6 +14,7 @@ from table import FREE, SHAPES, STRATEGIES, finite_nonnegative, injected, params
 import meta_optax as mo
 
 STEPS = 12
+GROUP_RATES = {"gate_learning_rate": 0.5, "expert_learning_rate": 2.0}
 anything = st.one_of(
     st.floats(width=32),
     st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -1.0, 3e38, -3e38, 1e-40]),
@@ -66,10 +67,12 @@ def _in_range(used, base, name):
 
 def _in_scales(used, base):
     """Within the shares of the base that are the default of those that may also raise it."""
-    low, high = 1e-3 * (1 - 1e-5), 30.0 * (1 + 1e-5)
     for key, values in used.items():
+        # A group's rate is multiplied by the common scale and by its own.
+        scales = 2 if key in GROUP_RATES else 1
+        low, high = 1e-3**scales * (1 - 1e-5), 30.0**scales * (1 + 1e-5)
         # Products of what is this small are rounded to no fixed share.
-        start, tiny = np.float64((base | FREE)[key]), 1e-30
+        start, tiny = np.float64((base | FREE | GROUP_RATES)[key]), 1e-30
         assert (values >= low * start - tiny).all(), (key, values)
         assert (values <= high * start + tiny).all(), (key, values)
 
@@ -78,10 +81,12 @@ def _in_scales(used, base):
 @pytest.mark.parametrize("name", [n for n in STRATEGIES if n not in ("custom", "bounded")])
 def test_no_sequence_leads_outside_the_bounds(name):
     run = _scan(STRATEGIES[name].eager())
+    # Heads of groups move rates that are there.
+    more = GROUP_RATES if name == "policy_gradient[groups]" else {}
 
     @given(rows=sequences, base=bases)
     def holds(rows, base):
-        arrays = {k: jnp.float32(v) for k, v in (base | FREE).items()}
+        arrays = {k: jnp.float32(v) for k, v in (base | FREE | more).items()}
         _in_range(run(rows, arrays), base, name)
 
     holds()
