@@ -148,9 +148,9 @@ def policy_gradient(
     they are passed.
 
     A run has tens or hundreds of decisions, and its losses are noisy: mostly there is little to
-    learn from, and what acts is the prior. On a loss without slope that takes the rate down a
-    thousandfold in some ninety decisions, so ``update_frequency`` should be about a hundredth of
-    the run. A rate far off is better left to `advanced_plateau`.
+    learn from, and what acts is the prior. On a loss without slope that takes the rate to a
+    thousandth in some 85 decisions: let ``update_frequency`` be about a hundredth of the run, or
+    raise ``min_scale``. A rate far off is better left to `advanced_plateau`.
 
     Metrics, all scalars: ``value`` (the loss), ``grad_norm`` and ``param_norm``;
     ``gate_entropy_normalized`` and ``max_violation`` if they are passed.
