@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from meta_optax import _checks
 from meta_optax._checks import Scalar
@@ -29,15 +29,16 @@ from meta_optax._rules import copy_for_plateau
 from meta_optax._signals import Reading, Signals, add_row, empty_signals, end_interval, read_signals
 
 # Of a run whose horizon is given; and the steps from one to the next where none is.
-DECISIONS = 50
+DECISIONS = 100
 _FREQUENCY = 10
-# The largest move of the rate's logarithm, a factor of 2, and the share of it that is no move.
-MAX_MOVE = math.log(2.0)
+# The largest moves of the rate's logarithm: what is far too high does its harm within a few steps,
+# and to go up too far costs more than to go up late. And the share of them that is no move.
+MAX_CUT, MAX_RAISE = math.log(4.0), math.log(1.5)
 _DEAD_ZONE = 0.1
 # Below this share of the first loss the policy takes it for flat: nothing is left to gain.
 _LINEAR_BELOW = 1e-3
-# Raises are at most so much of a cut: to go up too far costs more than to go up late.
-_RAISE_SHARE = 0.5
+# Within which the rate is kept, as a multiple of the base: as logarithms.
+SCALES = (math.log(1e-3), math.log(30.0))
 # What the policy sees, in this order; a file of weights for others is refused.
 FEATURES = (
     "horizon is known",
@@ -89,10 +90,85 @@ def learned(
     min_scale: Scalar = 1e-3,
     max_scale: Scalar = 30.0,
 ) -> MetaOptimizer:
-    frequency = _frequency(horizon, update_frequency)
+    r"""Moves the learning rate by a policy that was trained beforehand on thousands of short runs.
+
+    At every hundredth of the ``horizon`` (or each ``update_frequency`` steps) a perceptron of eight
+    hidden units looks at seventeen features x of the run, each within [-1, 1], and says by how much
+    the logarithm of the rate moves:
+
+    .. math::
+      w = \tanh(b_2 + W_2^T \tanh(b_1 + W_1^T x)), \qquad
+      m = \operatorname{sign}(w) \max(w^2 - 0.01, 0) \cdot
+        \begin{cases} \log 4 & w < 0 \\ \log 1.5 \cdot \min(1, 2 (1 - p)) & w > 0\end{cases}
+
+    .. math:: \text{lr} = \text{base} \cdot e^z, \quad
+      z \leftarrow \min(\max(z + m, \log \text{min_scale}), \log \text{max_scale})
+
+    with p the share of the horizon that has passed (0 if none is given), and no move after it. The
+    policy draws nothing: the same run gives the same decisions.
+
+    The features are of rows averaged over the interval between two decisions, on a log scale, so
+    that no unit of the loss moves them: whether a horizon is known, and where in it; z; the t
+    statistic of the loss's slope over eight intervals; its last fall, and the fall beyond what a
+    power law predicts, over their noise; how far it is above its best and below its first; the
+    noise itself; the gradient norm's robust z-score and its change since the start; the change of
+    the norm of the params since the first step and in the last interval; the last move, and
+    whether the loss fell after it.
+
+    Made for AdamW on a schedule that ends near zero, which it is trained on: with a rate that is
+    far off it finds a better one within a few decisions; with a tuned one it costs what the
+    page in the documentation says. It knows nothing of validation losses: where a model learns its
+    data by heart, the rate that is best for the training loss may not be.
+
+    Metrics, all scalars: ``value`` (the training loss of each step), ``grad_norm``, ``param_norm``.
+
+    Args:
+      horizon: the steps of the run, an integer >= 1, if they are known: say so where you can.
+      update_frequency: steps from one decision to the next, an integer >= 1; by default a hundredth
+        of the horizon, or 10 where there is none.
+      weights: a file that ``python -m meta_optax.metatrain`` wrote; by default what comes with the
+        package.
+      min_scale: the least that a base is multiplied by, in (0, 1].
+      max_scale: the most, >= 1.
+
+    Arguments that are traced are clipped to these ranges.
+
+    Returns:
+      A `MetaOptimizer`.
+
+    Raises:
+      ValueError: for an argument outside its range, or naming the file if it holds no such weights,
+        is of another version, or was changed since it was written.
+      OSError: if the file cannot be read.
+
+    Example:
+      >>> import jax.numpy as jnp, meta_optax as mo
+      >>> meta = mo.learned(update_frequency=1)
+      >>> state = meta.init()
+      >>> for step, loss in enumerate([2.0, 9.0, 30.0, 80.0]):  # it runs away
+      ...     row = {"value": loss, "grad_norm": 5.0 * loss, "param_norm": 10.0 * (step + 1)}
+      ...     state = meta.observe(state, {"step": step, **row})
+      >>> bool(meta.apply(state, {"learning_rate": 0.1})["learning_rate"] < 0.03)
+      True
+
+    References:
+      Metz et al., "VeLO: training versatile learned optimizers by scaling up", arXiv 2211.09760.
+      Salimans et al., "Evolution strategies as a scalable alternative to reinforcement learning",
+      arXiv 1703.03864.
+    """
     steps = None if horizon is None else _checks.integer("horizon", horizon, low=1)
-    bounds = _checks.scale_bounds(min_scale, max_scale)
-    policy = _policy(weights)
+    return controller(
+        _policy(weights),
+        horizon=steps,
+        frequency=_frequency(horizon, update_frequency),
+        bounds=_checks.scale_bounds(min_scale, max_scale),
+    )
+
+
+def controller(
+    policy: Policy, *, horizon: Any, frequency: Any, bounds: Any, is_told: Any = True
+) -> MetaOptimizer:
+    """The strategy of checked arguments; training does not tell every run its horizon."""
 
     def init() -> LearnedState:
         return LearnedState(
@@ -104,12 +180,13 @@ def learned(
 
     def decide(state: LearnedState, step: Int[Array, ""]) -> LearnedState:
         signals = end_interval(state.signals, _LINEAR_BELOW)
-        progress = None if steps is None else _progress(step, steps)
-        features = read_features(read_signals(signals), state, progress)
-        move = move_of(policy, features)
-        if progress is not None:
-            # It was never shown what comes after the horizon.
-            move = jnp.where(progress < 1.0, move, 0.0)
+        known = jnp.asarray(False if horizon is None else is_told)
+        progress = jnp.where(known, _progress(step, 1 if horizon is None else horizon), 0.0)
+        move = move_of(policy, read_features(read_signals(signals), state, known, progress))
+        # A raise late in the run undoes the schedule's end. What comes after the horizon, the
+        # policy was never shown.
+        move = jnp.where(move > 0.0, move * jnp.minimum(1.0, 2.0 * (1.0 - progress)), move)
+        move = jnp.where(progress < 1.0, move, 0.0)
         log_scale = jnp.clip(state.log_scale + move, *bounds)
         last_move = log_scale - state.log_scale
         return state._replace(signals=signals, log_scale=log_scale, last_move=last_move)
@@ -141,14 +218,13 @@ _NEEDS = ("value", "grad_norm", "param_norm")
 
 
 def read_features(
-    reading: Reading, state: LearnedState, progress: Float[Array, ""] | None
+    reading: Reading, state: LearnedState, is_known: Bool[Array, ""], share: Float[Array, ""]
 ) -> Float[Array, " features"]:
     """What the policy sees, each within [-1, 1]; of a horizon that is not known, zeros."""
-    known = jnp.asarray(0.0 if progress is None else 1.0, jnp.float32)
-    share = jnp.zeros([], jnp.float32) if progress is None else progress
+    known = is_known.astype(jnp.float32)
     noise = jnp.maximum(reading.noise, 1e-4)
     fall_score = jnp.tanh(reading.fall_score / 4.0)
-    last_move = state.last_move / MAX_MOVE
+    last_move = jnp.tanh(2.0 * state.last_move)
     features = [
         known,
         known * (2.0 * share - 1.0),
@@ -178,8 +254,8 @@ def move_of(policy: Policy, features: Float[Array, " features"]) -> Float[Array,
     hidden = jnp.matmul(features, policy.hidden_kernel, precision=highest) + policy.hidden_bias
     output = jnp.matmul(jnp.tanh(hidden), policy.kernel, precision=highest) + policy.bias
     wish = jnp.tanh(output[0])
-    most = jnp.where(wish > 0, _RAISE_SHARE * MAX_MOVE, MAX_MOVE)
-    return most * jnp.sign(wish) * jnp.maximum(jnp.abs(wish) - _DEAD_ZONE, 0.0)
+    most = jnp.where(wish > 0, MAX_RAISE, MAX_CUT)
+    return most * jnp.sign(wish) * jnp.maximum(jnp.square(wish) - _DEAD_ZONE**2, 0.0)
 
 
 def _keep(state: LearnedState, *_: Any) -> LearnedState:
@@ -199,7 +275,7 @@ def _frequency(horizon: Any, update_frequency: Any) -> Any:
     if horizon is None:
         return _FREQUENCY
     steps = _checks.integer("horizon", horizon, low=1)
-    return jnp.maximum(steps // DECISIONS, 1) if isinstance(steps, Tracer) else max(steps // 50, 1)
+    return jnp.maximum(steps // DECISIONS, 1) if isinstance(steps, Tracer) else max(steps // DECISIONS, 1)
 
 
 def _policy(weights: Any) -> Policy:

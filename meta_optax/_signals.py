@@ -45,7 +45,7 @@ class Signals(NamedTuple):
       best: the lowest log loss of an interval.
       first_loss: the first interval's log loss.
       first_grad_norm: the first interval's log gradient norm.
-      first_param_norm: the first interval's log norm of the params.
+      first_param_norm: the first row's log norm of the params.
       param_norms: the last two intervals' log norms of the params.
     """
 
@@ -130,7 +130,9 @@ def add_row(
         log_grad_norm=old.log_grad_norm + (_log(grad_norm) - old.log_grad_norm) * share,
         log_param_norm=old.log_param_norm + (_log(param_norm) - old.log_param_norm) * share,
     )
-    return state._replace(interval=interval)
+    is_first = (state.ended == 0) & (old.count == 0)
+    first = jnp.where(is_first, _log(param_norm), state.first_param_norm)
+    return state._replace(interval=interval, first_param_norm=first)
 
 
 def end_interval(state: Signals, linear_below: float) -> Signals:
@@ -163,7 +165,7 @@ def end_interval(state: Signals, linear_below: float) -> Signals:
         best=jnp.where(is_first, log_loss, jnp.minimum(state.best, log_loss)),
         first_loss=jnp.where(is_first, log_loss, state.first_loss),
         first_grad_norm=jnp.where(is_first, interval.log_grad_norm, state.first_grad_norm),
-        first_param_norm=jnp.where(is_first, interval.log_param_norm, state.first_param_norm),
+        first_param_norm=state.first_param_norm,
         param_norms=jnp.stack(
             [
                 jnp.where(is_first, interval.log_param_norm, state.param_norms[1]),

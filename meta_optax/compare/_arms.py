@@ -297,6 +297,19 @@ ARMS: Mapping[str, Arm] = {
         lambda s: mo.hold_spikes(mo.advanced_plateau()),
         looks="interval",
     ),
+    "reinforce": _strategy(
+        "AdamW under meta_optax.reinforce, shown each step's loss",
+        lambda s: mo.reinforce(seed=s.seed),
+    ),
+    "policy_gradient": _strategy(
+        "AdamW under meta_optax.policy_gradient, shown each step's loss",
+        lambda s: mo.policy_gradient(horizon=s.steps, seed=s.seed),
+    ),
+    "learned": _strategy(
+        "meta_optax.learned, which was trained beforehand, on top of the linear schedule",
+        lambda s: mo.learned(horizon=s.steps),
+        base=linear,
+    ),
     "expert_gate": _strategy(
         "AdamW in groups under meta_optax.expert_gate, linear schedule",
         lambda s: mo.expert_gate(),

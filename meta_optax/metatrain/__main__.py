@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import pathlib
 import signal
 import sys
@@ -119,5 +120,14 @@ def _bar(
         yield report
 
 
+def _use_all_cores() -> None:
+    """One of JAX's CPU devices a core, among which runs are shared; of no effect with a GPU."""
+    import jax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+
 if __name__ == "__main__":
+    _use_all_cores()
     sys.exit(main())

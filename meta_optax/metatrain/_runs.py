@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 import meta_optax as mo
-from meta_optax._learned import LearnedState
+from meta_optax._learned import DECISIONS, SCALES, controller
 from meta_optax._policy import Policy
 from meta_optax.compare import _data, _models
 from meta_optax.compare._arms import WARMUP
@@ -22,9 +22,13 @@ from meta_optax.compare.corpora import load_corpus
 
 Params = Any
 # The largest batch; smaller ones are the first rows of it.
-_ROWS = 64
+_ROWS = 32
 # Of the language family: bytes seen to predict the next one.
-_CONTEXT = 6
+_CONTEXT = 4
+# The classes are their lowest five bits, which upper and lower case share.
+_CLASSES = 32
+# The samples that runs learn from, log-uniform: a few are soon known by heart.
+_FEWEST, _MOST = 100, 4096
 _LENGTH, _KEPT = 32, 24
 # Multiples of the tuned rate, log-uniform within each: near it, too low and too high.
 MULTIPLES = {"near": (0.5, 2.0), "low": (0.02, 0.5), "high": (2.0, 40.0)}
@@ -40,6 +44,7 @@ class Trouble(NamedTuple):
       multiple: its base rate, as a multiple of the family's tuned one.
       loss_scale: what its loss, and so its gradients, are multiplied by.
       rows: of its batches.
+      samples: how many it learns from, where there are as many.
       noise: the share of its labels that are drawn at random.
       spike_at: when inputs are thirty times too large, as a share of the run; above 1 never.
       shift_at: when inputs are turned over, they and those kept back; above 1 never.
@@ -50,6 +55,7 @@ class Trouble(NamedTuple):
     multiple: Float[Array, ""]
     loss_scale: Float[Array, ""]
     rows: Int[Array, ""]
+    samples: Int[Array, ""]
     noise: Float[Array, ""]
     spike_at: Float[Array, ""]
     shift_at: Float[Array, ""]
@@ -70,14 +76,15 @@ class Family(NamedTuple):
     Attributes:
       rate: AdamW's best rate on a linear schedule over 400 steps, from quasi-random trials.
       init: from a key to params.
-      sample: from a key to inputs and targets; targets may be replaced by those of other rows.
+      sample: from random numbers in [0, 1), one a row, and the run's key, to inputs and targets;
+        targets may be replaced by those of other rows.
       loss: from params, inputs and targets to each row's loss.
       held_out: what is kept back, inputs and targets, from the key of the run.
     """
 
     rate: float
     init: Callable[[Array], Params]
-    sample: Callable[[Array, Array], tuple[Any, Any]]
+    sample: Callable[[Array, Trouble], tuple[Any, Any]]
     loss: Callable[[Params, Any, Any], Float[Array, " rows"]]
     held_out: Callable[[Array], tuple[Any, Any]]
 
@@ -89,7 +96,7 @@ def draw_trouble(key: Key[Array, ""], kind: Int[Array, ""]) -> Trouble:
       key: of the draws.
       kind: which of `MULTIPLES` the rate is in.
     """
-    keys = iter(jax.random.split(key, 12))
+    keys = iter(jax.random.split(key, 13))
 
     def log_uniform(low: Any, high: Any) -> Array:
         low, high = jnp.log(low), jnp.log(high)
@@ -104,6 +111,7 @@ def draw_trouble(key: Key[Array, ""], kind: Int[Array, ""]) -> Trouble:
         multiple=log_uniform(*jnp.asarray(list(MULTIPLES.values()))[kind]),
         loss_scale=log_uniform(*_LOSS_SCALES),
         rows=log_uniform(4.0, _ROWS + 0.999).astype(jnp.int32),
+        samples=log_uniform(float(_FEWEST), float(_MOST)).astype(jnp.int32),
         noise=jnp.maximum(jax.random.uniform(next(keys), minval=-0.6, maxval=0.3), 0.0),
         spike_at=at_times(0.15),
         shift_at=at_times(0.15),
@@ -124,7 +132,13 @@ def run(family: Family, policy: Policy, trouble: Trouble, horizon: Int[Array, ""
       The log of the final loss; of a run that diverged, that of twice the loss at the start.
     """
     init_key, data_key = jax.random.split(trouble.key)
-    strategy = _sometimes_blind(policy, trouble.blind, horizon)
+    strategy = controller(
+        policy,
+        horizon=horizon,
+        frequency=jnp.maximum(horizon // DECISIONS, 1),
+        bounds=SCALES,
+        is_told=~trouble.blind,
+    )
     inject = mo.inject_meta_hyperparams(optax.adamw, strategy)
     rate = family.rate * trouble.multiple
     tx = inject(learning_rate=lambda count: rate * linear(count, horizon), weight_decay=1e-4)
@@ -159,30 +173,15 @@ def linear(count: Array, horizon: Array) -> Array:
     return jnp.minimum((count + 1.0) / rise, (horizon - count) / (horizon - rise))
 
 
-def _sometimes_blind(policy: Policy, blind: Array, horizon: Array) -> mo.MetaOptimizer:
-    """The strategy, of which some lanes are not told how long they run."""
-    frequency = jnp.maximum(horizon // 50, 1)
-    sighted = mo.learned(weights=policy, horizon=horizon, update_frequency=frequency)
-    unsighted = mo.learned(weights=policy, update_frequency=frequency)
-
-    def observe(state: LearnedState, metrics: Any) -> LearnedState:
-        told, untold = sighted.observe(state, metrics), unsighted.observe(state, metrics)
-        return jax.tree.map(lambda a, b: jnp.where(blind, b, a), told, untold)
-
-    return sighted._replace(observe=observe)
-
-
 def _draw_batch(family: Family, key: Array, trouble: Trouble, share: Array) -> Batch:
-    keys = jax.random.split(key, 3)
-    inputs, targets = family.sample(keys[0], trouble.key)
-    others = jax.random.permutation(keys[1], targets)
-    is_noise = jax.random.bernoulli(keys[2], trouble.noise, (_ROWS,))
-    is_noise = is_noise.reshape(-1, *[1] * (targets.ndim - 1))
+    drawn = jax.random.uniform(key, (2, _ROWS))
+    inputs, targets = family.sample(drawn[0], trouble)
+    is_noise = (drawn[1] < trouble.noise).reshape(-1, *[1] * (targets.ndim - 1))
     in_spike = (share >= trouble.spike_at) & (share < trouble.spike_at + _SPIKE_LENGTH)
     inputs = inputs * jnp.where(in_spike, _SPIKE_SCALE, 1.0)
     return Batch(
         inputs=jnp.where(share >= trouble.shift_at, -inputs, inputs),
-        targets=jnp.where(is_noise, others, targets),
+        targets=jnp.where(is_noise, jnp.roll(targets, 1, axis=0), targets),
         weights=(jnp.arange(_ROWS) < trouble.rows).astype(jnp.float32),
     )
 
@@ -194,17 +193,23 @@ def _cross_entropy(forward: Callable[[Params, Any], Array]) -> Any:
 
 
 def _digits() -> Family:
-    """A perceptron 64-24-10 on scikit-learn's digits."""
-    train, kept = jax.tree.map(jnp.asarray, _data.digits())
+    """A perceptron 16-16-16-10 on scikit-learn's digits, of a quarter of the pixels' number."""
 
-    def sample(key: Array, run_key: Array) -> tuple[Array, Array]:
-        del run_key
-        rows = jax.random.randint(key, (_ROWS,), 0, len(train.labels))
+    def shrink(images: np.ndarray) -> np.ndarray:
+        return images.reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16)
+
+    train, kept = (
+        _data.Labelled(jnp.asarray(shrink(part.inputs)), jnp.asarray(part.labels))
+        for part in _data.digits()
+    )
+
+    def sample(drawn: Array, trouble: Trouble) -> tuple[Array, Array]:
+        rows = _pick(drawn, jnp.minimum(trouble.samples, len(train.labels)))
         return train.inputs[rows], train.labels[rows]
 
     return Family(
         rate=0.02,
-        init=lambda key: _models.init_mlp(key, 64, 24, 10),
+        init=lambda key: _models.init_mlp(key, 16, 16, 16, 10),
         sample=sample,
         loss=_cross_entropy(_models.mlp),
         held_out=lambda key: (kept.inputs, kept.labels),
@@ -212,22 +217,21 @@ def _digits() -> Family:
 
 
 def _bytes() -> Family:
-    """The next byte of Python's language reference from six before it, as bits, by a perceptron."""
+    """The next letter of Python's language reference from four bytes, as bits; a perceptron."""
     split = load_corpus("prose", _LENGTH, _KEPT)
-    train, kept = (jnp.asarray(_windows(part)) for part in (split.train[:4096], split.held_out))
+    train, kept = (jnp.asarray(_windows(part)) for part in (split.train[:_MOST], split.held_out))
 
     def bits(windows: Array) -> tuple[Array, Array]:
-        numbers = jnp.minimum(windows.astype(jnp.int32), _models.ALPHABET - 1)
+        numbers = windows.astype(jnp.int32)
         signs = ((numbers[:, :-1, None] >> jnp.arange(7)) & 1) * 2.0 - 1.0
-        return signs.reshape(len(windows), -1), numbers[:, -1]
+        return signs.reshape(len(windows), -1), numbers[:, -1] % _CLASSES
 
-    def sample(key: Array, run_key: Array) -> tuple[Array, Array]:
-        del run_key
-        return bits(train[jax.random.randint(key, (_ROWS,), 0, len(train))])
+    def sample(drawn: Array, trouble: Trouble) -> tuple[Array, Array]:
+        return bits(train[_pick(drawn, jnp.minimum(8 * trouble.samples, len(train)))])
 
     return Family(
         rate=0.02,
-        init=lambda key: _models.init_mlp(key, 7 * _CONTEXT, 32, _models.ALPHABET),
+        init=lambda key: _models.init_mlp(key, 7 * _CONTEXT, 16, _CLASSES),
         sample=sample,
         loss=_cross_entropy(_models.mlp),
         held_out=lambda key: bits(kept),
@@ -235,32 +239,44 @@ def _bytes() -> Family:
 
 
 def _windows(chunks: np.ndarray) -> np.ndarray:
-    """All windows of context and next byte within the chunks, a fifth of them."""
+    """All windows of context and next byte within the chunks, a seventh of them."""
     windows = np.lib.stride_tricks.sliding_window_view(chunks, _CONTEXT + 1, axis=1)
-    return np.ascontiguousarray(windows[:, ::5].reshape(-1, _CONTEXT + 1))
+    return np.ascontiguousarray(windows[:, ::7].reshape(-1, _CONTEXT + 1))
 
 
 def _regression() -> Family:
-    """Linear regression on a stream, of curvatures 1 to 1/24, with noise of variance 0.1."""
-    size = 24
-    roots = jnp.sqrt(1.0 / jnp.arange(1.0, size + 1.0))
+    """Linear regression on a stream, of curvatures 1 to 1/24, with little noise or much."""
+    size, pool = 24, 2**14
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(pool, size)) * np.sqrt(1.0 / np.arange(1.0, size + 1.0))
+    features, noise = jnp.asarray(features), jnp.asarray(generator.normal(size=pool))
 
-    def draw(key: Array, run_key: Array, rows: int) -> tuple[Array, Array]:
-        features_key, noise_key = jax.random.split(key)
-        truth = jax.random.normal(jax.random.fold_in(run_key, 1), (size,))
-        features = jax.random.normal(features_key, (rows, size)) * roots
-        return features, features @ truth + 0.3 * jax.random.normal(noise_key, (rows,))
+    def rows_of(rows: Array, key: Array) -> tuple[Array, Array]:
+        truth = jax.random.normal(jax.random.fold_in(key, 1), (size,))
+        level = 10.0 ** jax.random.uniform(jax.random.fold_in(key, 2), minval=-1.0, maxval=0.0)
+        return features[rows], features[rows] @ truth + level * noise[rows]
+
+    def init(key: Array) -> Params:
+        # From next to nothing to what the truth measures.
+        size_key, key = jax.random.split(key)
+        scale = 10.0 ** jax.random.uniform(size_key, minval=-1.0, maxval=0.0)
+        return {"theta": scale * jax.random.normal(key, (size,))}
 
     def loss(params: Params, features: Array, targets: Array) -> Array:
         return 0.5 * jnp.square(features @ params["theta"] - targets)
 
     return Family(
         rate=0.06,
-        init=lambda key: {"theta": jnp.zeros(size)},
-        sample=lambda key, run_key: draw(key, run_key, _ROWS),
+        init=init,
+        sample=lambda drawn, trouble: rows_of(_pick(drawn, pool - 256), trouble.key),
         loss=loss,
-        held_out=lambda key: draw(jax.random.fold_in(key, 2), key, 256),
+        held_out=lambda key: rows_of(jnp.arange(pool - 256, pool), key),
     )
+
+
+def _pick(drawn: Array, count: Any) -> Int[Array, " rows"]:
+    """Rows below the count, of numbers in [0, 1)."""
+    return jnp.minimum((drawn * count).astype(jnp.int32), count - 1)
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {

@@ -17,7 +17,7 @@ there is no truncation whose perturbations would have to persist (Vicol et al., 
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from meta_optax._learned import FEATURES
@@ -32,7 +33,7 @@ from meta_optax._policy import Policy
 from meta_optax.compare._statistics import interquartile_mean
 from meta_optax.metatrain._runs import FAMILIES, MULTIPLES, Family, Trouble, draw_trouble, run
 
-HIDDEN = 16
+HIDDEN = 8
 # Seeds of the runs that the learning curve is measured on, which training never sees.
 _EVALUATION_SEED, _EVALUATED, EVALUATION_STEPS = 2**20, 32, 400
 # The log ratio of half the utility.
@@ -55,7 +56,7 @@ class Settings(NamedTuple):
     """
 
     iterations: int = 200
-    pairs: int = 20
+    pairs: int = 16
     runs: int = 3
     shortest: int = 100
     longest: int = 1000
@@ -138,6 +139,10 @@ class Trainer:
         """Log ratios of final losses to the linear schedule's, [groups, weights, runs]."""
         still = jnp.zeros_like(weights[:, :1])
         both = jnp.concatenate([weights, still], axis=1)
+        # Each device takes its share of the groups.
+        mesh = jax.make_mesh((_devices(len(both)),), ("groups",), axis_types=(AxisType.Auto,))
+        shared, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["groups"], []))
+        both, troubles, horizon = jax.device_put((both, troubles, horizon), (shared, shared, whole))
         losses = self._losses[name](both, troubles, horizon)
         return losses[:, :-1] - losses[:, -1:]
 
@@ -154,6 +159,12 @@ class Trainer:
             return run(family, self._shape(weights), trouble, horizon)
 
         return jax.vmap(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(weights, troubles)
+
+
+def _devices(groups: int) -> int:
+    """How many devices share the groups evenly."""
+    most = len(jax.devices())
+    return next(n for n in range(most, 0, -1) if groups % n == 0)
 
 
 def _draw_horizon(key: Key[Array, ""], settings: Settings) -> Int[Array, ""]:
