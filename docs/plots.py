@@ -41,7 +41,7 @@ from plots_of_plateaus import (
     plot_skip_spikes,
     plot_trend_plateau,
 )
-from plots_of_policies import plot_policy_gradient, plot_reinforce
+from plots_of_policies import plot_learned, plot_policy_gradient, plot_reinforce
 
 import meta_optax as mo
 
@@ -201,7 +201,7 @@ def plot_balance_router_bias() -> Figure:
 
 ALL = (
     *(plot_plateau, plot_advanced_plateau, plot_trend_plateau, plot_greedy, plot_skip_spikes),
-    *(plot_reinforce, plot_policy_gradient),
+    *(plot_reinforce, plot_policy_gradient, plot_learned),
     *(plot_expert_gate, plot_smart_expert_gate),
     *(plot_adapt_aux_loss, plot_guard_collapse, plot_balance_router_bias),
 )

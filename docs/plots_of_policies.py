@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -117,4 +118,28 @@ def plot_policy_gradient() -> Figure:
     _draw_chances(panels[4], run, ("cut", "keep", "raise"))
     add_legend(panels[0])
     add_legend(panels[4])
+    return figure
+
+
+def plot_learned() -> Figure:
+    """From rates ten times too low, right and thirty times too high, each on a linear schedule."""
+    title = "learned(horizon=1000) on a linear schedule, and (dashed) the schedule alone"
+    figure, panels = make_panels(title, ("loss, smoothed", "learning rate", "scale"))
+    for base, color in ((LEARNING_RATE / 10, GREEN), (LEARNING_RATE, BLUE), (HIGH_RATE, RED)):
+        schedule = optax.linear_schedule(base, 0.0, STEPS)
+        strategy = mo.learned(horizon=STEPS)
+        run = train(plain(mo.with_decisions(strategy, 256), schedule), STEPS)
+        alone = train(plain(mo.log_only(strategy), schedule), STEPS)
+        report(f"learned from {base:g}", run, 3, decisions=len(mo.read_decisions(run.state)))
+        report(f"the schedule alone from {base:g}", alone)
+        _draw_run(panels[:2], run, color, f"from {base:g}")
+        panels[0].plot(smoothed(alone.history["value"], 0.95), color=color, lw=1.0, ls="--")
+        panels[1].plot(alone.history["learning_rate"], color=color, lw=1.0, ls="--")
+        rates = run.history["learning_rate"], alone.history["learning_rate"]
+        panels[2].plot(rates[0] / rates[1], color=color, lw=1.3)
+    # The schedule ends at 0, which has no logarithm.
+    panels[1].set_ylim(bottom=1e-6)
+    panels[2].set_yscale("log")
+    panels[2].axhline(1.0, color="black", lw=0.8, ls=":")
+    add_legend(panels[0])
     return figure

@@ -35,6 +35,8 @@ _FREQUENCY = 10
 # and to go up too far costs more than to go up late. And the share of them that is no move.
 MAX_CUT, MAX_RAISE = math.log(4.0), math.log(1.5)
 _DEAD_ZONE = 0.1
+# Raises begin after as many intervals.
+_LEAST_INTERVALS = 8
 # Below this share of the first loss the policy takes it for flat: nothing is left to gain.
 _LINEAR_BELOW = 1e-3
 # Within which the rate is kept, as a multiple of the base: as logarithms.
@@ -56,6 +58,7 @@ FEATURES = (
     "grad change",
     "param change",
     "param move",
+    "blow-up",
     "last move",
     "last move times fall score",
 )
@@ -93,27 +96,27 @@ def learned(
     r"""Moves the learning rate by a policy that was trained beforehand on thousands of short runs.
 
     At every hundredth of the ``horizon`` (or each ``update_frequency`` steps) a perceptron of eight
-    hidden units looks at seventeen features x of the run, each within [-1, 1], and says by how much
+    hidden units looks at eighteen features x of the run, each within [-1, 1], and says by how much
     the logarithm of the rate moves:
 
     .. math::
       w = \tanh(b_2 + W_2^T \tanh(b_1 + W_1^T x)), \qquad
-      m = \operatorname{sign}(w) \max(w^2 - 0.01, 0) \cdot
-        \begin{cases} \log 4 & w < 0 \\ \log 1.5 \cdot \min(1, 2 (1 - p)) & w > 0\end{cases}
+      m = \operatorname{sign}(w) \max(|w| - 0.1, 0) \cdot
+        \begin{cases} \log 4 & w < 0 \\ \log 1.5 \cdot (1 - p)^2 & w > 0\end{cases}
 
     .. math:: \text{lr} = \text{base} \cdot e^z, \quad
       z \leftarrow \min(\max(z + m, \log \text{min_scale}), \log \text{max_scale})
 
-    with p the share of the horizon that has passed (0 if none is given), and no move after it. The
-    policy draws nothing: the same run gives the same decisions.
+    with p the share of the horizon that has passed (0 if none is given); no raise is made at the
+    first eight decisions, and no move after the horizon. The policy draws nothing: the same run gives the same decisions.
 
     The features are of rows averaged over the interval between two decisions, on a log scale, so
     that no unit of the loss moves them: whether a horizon is known, and where in it; z; the t
     statistic of the loss's slope over eight intervals; its last fall, and the fall beyond what a
     power law predicts, over their noise; how far it is above its best and below its first; the
     noise itself; the gradient norm's robust z-score and its change since the start; the change of
-    the norm of the params since the first step and in the last interval; the last move, and
-    whether the loss fell after it.
+    the norm of the params since the first step, in the last interval, and beyond what the loss fell
+    for it; the last move, and whether the loss fell after it.
 
     Made for AdamW on a schedule that ends near zero, which it is trained on: with a rate that is
     far off it finds a better one within a few decisions; with a tuned one it costs what the
@@ -183,9 +186,11 @@ def controller(
         known = jnp.asarray(False if horizon is None else is_told)
         progress = jnp.where(known, _progress(step, 1 if horizon is None else horizon), 0.0)
         move = move_of(policy, read_features(read_signals(signals), state, known, progress))
-        # A raise late in the run undoes the schedule's end. What comes after the horizon, the
-        # policy was never shown.
-        move = jnp.where(move > 0.0, move * jnp.minimum(1.0, 2.0 * (1.0 - progress)), move)
+        # What goes wrong is cut at once. A raise waits for a window's evidence (the schedule's own
+        # warm-up falls in it), and one late in the run would undo the schedule's end.
+        raised = jnp.where(signals.ended > _LEAST_INTERVALS, move * (1.0 - progress) ** 2, 0.0)
+        move = jnp.where(move > 0.0, raised, move)
+        # What comes after the horizon, the policy was never shown.
         move = jnp.where(progress < 1.0, move, 0.0)
         log_scale = jnp.clip(state.log_scale + move, *bounds)
         last_move = log_scale - state.log_scale
@@ -241,6 +246,8 @@ def read_features(
         jnp.tanh(reading.grad_change / 2.0),
         jnp.tanh(reading.param_change),
         jnp.tanh(10.0 * reading.param_move),
+        # Params that grow and a loss that does not fall for it.
+        jnp.tanh(reading.param_change - reading.progress),
         last_move,
         last_move * fall_score,
     ]
@@ -255,7 +262,7 @@ def move_of(policy: Policy, features: Float[Array, " features"]) -> Float[Array,
     output = jnp.matmul(jnp.tanh(hidden), policy.kernel, precision=highest) + policy.bias
     wish = jnp.tanh(output[0])
     most = jnp.where(wish > 0, MAX_RAISE, MAX_CUT)
-    return most * jnp.sign(wish) * jnp.maximum(jnp.square(wish) - _DEAD_ZONE**2, 0.0)
+    return most * jnp.sign(wish) * jnp.maximum(jnp.abs(wish) - _DEAD_ZONE, 0.0)
 
 
 def _keep(state: LearnedState, *_: Any) -> LearnedState:
@@ -275,7 +282,8 @@ def _frequency(horizon: Any, update_frequency: Any) -> Any:
     if horizon is None:
         return _FREQUENCY
     steps = _checks.integer("horizon", horizon, low=1)
-    return jnp.maximum(steps // DECISIONS, 1) if isinstance(steps, Tracer) else max(steps // DECISIONS, 1)
+    share = steps // DECISIONS
+    return jnp.maximum(share, 1) if isinstance(share, Tracer) else max(share, 1)
 
 
 def _policy(weights: Any) -> Policy:

@@ -18,7 +18,7 @@ import meta_optax as mo
 from meta_optax._learned import FEATURES
 from meta_optax._policy_file import load_policy
 from meta_optax.metatrain import __main__ as command
-from meta_optax.metatrain import _runs, _store, _train
+from meta_optax.metatrain import _runs, _train
 
 TINY = ("--iterations", "3", "--pairs", "2", "--runs", "3", "--shortest", "20", "--longest", "40")
 ALL_KINDS = 3
@@ -145,6 +145,7 @@ class TestRuns:
 @pytest.mark.slow
 def test_killed_at_any_time_it_goes_on(tmp_path):
     """The command as a user runs it, all families, ended by SIGKILL and by Ctrl-C."""
+
     def start(out, *more):
         options = [*TINY, "--iterations", "25", "--out", str(out), *more]
         return subprocess.Popen(
@@ -156,7 +157,7 @@ def test_killed_at_any_time_it_goes_on(tmp_path):
     assert whole.wait(600) == 0
     for sent in (signal.SIGKILL, signal.SIGINT):
         process = start(tmp_path / "cut", *(["--resume"] if sent == signal.SIGINT else []))
-        before = (tmp_path / "cut/checkpoint.npz")
+        before = tmp_path / "cut/checkpoint.npz"
         old = before.stat().st_mtime_ns if before.exists() else 0
         for _ in range(1200):
             if before.exists() and before.stat().st_mtime_ns > old:

@@ -86,7 +86,7 @@ def test_each_section_is_one_command(section):
 
 def test_table_names_every_strategy_and_combinator():
     plateaus = ("plateau", "advanced_plateau", "trend_plateau", "greedy")
-    policies = ("reinforce", "policy_gradient")
+    policies = ("reinforce", "policy_gradient", "learned")
     gates = ("expert_gate", "smart_expert_gate")
     for name in (*plateaus, *policies, *gates, "adapt_aux_loss", "guard_collapse"):
         assert f"| [`{name}`](docs/strategies/{name}.md) |" in README

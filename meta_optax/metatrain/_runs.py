@@ -74,7 +74,8 @@ class Family(NamedTuple):
     """A kind of task.
 
     Attributes:
-      rate: AdamW's best rate on a linear schedule over 400 steps, from quasi-random trials.
+      rate: AdamW's tuned rate on a linear schedule over 500 steps: a third of it costs about as much
+        as three times it.
       init: from a key to params.
       sample: from random numbers in [0, 1), one a row, and the run's key, to inputs and targets;
         targets may be replaced by those of other rows.
@@ -208,7 +209,7 @@ def _digits() -> Family:
         return train.inputs[rows], train.labels[rows]
 
     return Family(
-        rate=0.02,
+        rate=0.08,
         init=lambda key: _models.init_mlp(key, 16, 16, 16, 10),
         sample=sample,
         loss=_cross_entropy(_models.mlp),
@@ -230,8 +231,8 @@ def _bytes() -> Family:
         return bits(train[_pick(drawn, jnp.minimum(8 * trouble.samples, len(train)))])
 
     return Family(
-        rate=0.02,
-        init=lambda key: _models.init_mlp(key, 7 * _CONTEXT, 16, _CLASSES),
+        rate=0.025,
+        init=lambda key: _models.init_mlp(key, 7 * _CONTEXT, 16, 16, _CLASSES),
         sample=sample,
         loss=_cross_entropy(_models.mlp),
         held_out=lambda key: bits(kept),
@@ -257,16 +258,16 @@ def _regression() -> Family:
         return features[rows], features[rows] @ truth + level * noise[rows]
 
     def init(key: Array) -> Params:
-        # From next to nothing to what the truth measures.
+        # From a third of what the truth measures to all of it.
         size_key, key = jax.random.split(key)
-        scale = 10.0 ** jax.random.uniform(size_key, minval=-1.0, maxval=0.0)
+        scale = 10.0 ** jax.random.uniform(size_key, minval=-0.5, maxval=0.0)
         return {"theta": scale * jax.random.normal(key, (size,))}
 
     def loss(params: Params, features: Array, targets: Array) -> Array:
         return 0.5 * jnp.square(features @ params["theta"] - targets)
 
     return Family(
-        rate=0.06,
+        rate=0.15,
         init=init,
         sample=lambda drawn, trouble: rows_of(_pick(drawn, pool - 256), trouble.key),
         loss=loss,
