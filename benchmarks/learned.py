@@ -1,6 +1,6 @@
 """The learned policy beside the linear schedule that it acts on: well tuned, mis-set, and longer.
 
-Run:     python benchmarks/learned.py [--tasks A,B] [--seeds 10] [--lengthen 1] [--weights FILE]
+Run:     python benchmarks/learned.py [--tasks A,B] [--seeds 10] [--first-seed 0] [--weights FILE]
          (needs the comparison: pip install ".[compare]")
 Time:    about 20 minutes on two cores for all tasks and 10 seeds; as many times that as --lengthen
          says.
@@ -27,7 +27,6 @@ from meta_optax.compare._train import Lanes, Trainer
 
 # What the full comparison's trials chose for the linear schedule.
 RATE, WEIGHT_DECAY = 0.02037861, 1.764774e-05
-TRAINED_ON = ("mlp_digits", "noisy_quadratic")
 
 
 class Losses(NamedTuple):
@@ -37,12 +36,12 @@ class Losses(NamedTuple):
     diverged: np.ndarray
 
 
-def train(task: str, arm: Arm, seeds: int, lengthen: float) -> Losses:
-    """All seeds and multiples of the rate."""
+def train(task: str, arm: Arm, seeds: int, lengthen: float, first: int = 0) -> Losses:
+    """All seeds, from the first on, and all multiples of the rate."""
     made = TASKS[task]()
     trainer = Trainer(made, arm, round(made.steps * lengthen))
     lanes = Lanes(
-        seed=np.repeat(np.arange(seeds), len(MULTIPLES)),
+        seed=np.repeat(np.arange(seeds) + first, len(MULTIPLES)),
         learning_rate=np.tile(RATE * np.asarray(MULTIPLES), seeds),
         weight_decay=np.full(seeds * len(MULTIPLES), WEIGHT_DECAY),
     )
@@ -68,6 +67,7 @@ def main() -> None:
     known = [name for name in TASKS if why_missing(name) is None]
     parser.add_argument("--tasks", default=",".join(known))
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--lengthen", type=float, default=1.0)
     parser.add_argument("--weights", help="a file of weights; those of the package by default")
     arguments = parser.parse_args()
@@ -76,8 +76,9 @@ def main() -> None:
     )
     ours, peers = {}, {}
     for task in arguments.tasks.split(","):
-        ours[task] = train(task, learned, arguments.seeds, arguments.lengthen)
-        peers[task] = train(task, ARMS["linear"], arguments.seeds, arguments.lengthen)
+        how = arguments.seeds, arguments.lengthen, arguments.first_seed
+        ours[task] = train(task, learned, *how)
+        peers[task] = train(task, ARMS["linear"], *how)
         ratios = np.median(ours[task].final / peers[task].final, axis=0)
         print(f"{task}: medians at {MULTIPLES}: {np.round(ratios, 3)}", flush=True)
     every = np.arange(len(MULTIPLES))

@@ -130,7 +130,12 @@ def plot_learned() -> Figure:
         strategy = mo.learned(horizon=STEPS)
         run = train(plain(mo.with_decisions(strategy, 256), schedule), STEPS)
         alone = train(plain(mo.log_only(strategy), schedule), STEPS)
-        report(f"learned from {base:g}", run, 3, decisions=len(mo.read_decisions(run.state)))
+        report(
+            f"learned from {base:g}",
+            run,
+            3,
+            scale=run.history["learning_rate"][-2] / alone.history["learning_rate"][-2],
+        )
         report(f"the schedule alone from {base:g}", alone)
         _draw_run(panels[:2], run, color, f"from {base:g}")
         panels[0].plot(smoothed(alone.history["value"], 0.95), color=color, lw=1.0, ls="--")

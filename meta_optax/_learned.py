@@ -89,7 +89,7 @@ def learned(
     *,
     horizon: Scalar | None = None,
     update_frequency: Scalar | None = None,
-    weights: Policy | str | os.PathLike[str] | None = None,
+    weights: Any = None,
     min_scale: Scalar = 1e-3,
     max_scale: Scalar = 30.0,
 ) -> MetaOptimizer:
@@ -108,7 +108,8 @@ def learned(
       z \leftarrow \min(\max(z + m, \log \text{min_scale}), \log \text{max_scale})
 
     with p the share of the horizon that has passed (0 if none is given); no raise is made at the
-    first eight decisions, and no move after the horizon. The policy draws nothing: the same run gives the same decisions.
+    first eight decisions, and no move after the horizon. The policy draws nothing: the same run
+    gives the same decisions.
 
     The features are of rows averaged over the interval between two decisions, on a log scale, so
     that no unit of the loss moves them: whether a horizon is known, and where in it; z; the t

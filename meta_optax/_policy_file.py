@@ -104,7 +104,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _weights(path: str | os.PathLike[str], weights: Any) -> Policy:
     """The arrays, of shapes that fit together."""
     try:
-        policy = Policy(**{name: np.asarray(w, np.float32) for name, w in weights.items()})
+        arrays: dict[str, Any] = {k: np.asarray(w, np.float32) for k, w in weights.items()}
+        policy = Policy(**arrays)
         inputs, hidden = policy.hidden_kernel.shape
         shapes = [(inputs, hidden), (hidden,), (hidden, 1), (1,)]
         fits = [w.shape for w in policy] == shapes and all(np.isfinite(w).all() for w in policy)

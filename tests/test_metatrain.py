@@ -1,5 +1,6 @@
 """The command that trains the policy of `learned`: what it leaves behind, and what it survives."""
 
+import functools
 import json
 import os
 import signal
@@ -22,6 +23,9 @@ from meta_optax.metatrain import _runs, _train
 
 TINY = ("--iterations", "3", "--pairs", "2", "--runs", "3", "--shortest", "20", "--longest", "40")
 ALL_KINDS = 3
+# What one training has compiled serves the next with the same settings.
+Trainer = _train.Trainer
+cached_trainer = functools.cache(Trainer)
 
 
 @pytest.fixture
@@ -29,6 +33,7 @@ def one_family(monkeypatch):
     """The family that compiles in seconds; a row of the curve, and a checkpoint, an iteration."""
     monkeypatch.setattr(_train, "FAMILIES", {"regression": _runs.FAMILIES["regression"]})
     monkeypatch.setattr(command, "_EVERY", 1)
+    monkeypatch.setattr(_train, "Trainer", cached_trainer)
     monkeypatch.setattr(_train, "_EVALUATED", 2)
     monkeypatch.setattr(_train, "EVALUATION_STEPS", 30)
 
@@ -57,18 +62,18 @@ def test_it_leaves_a_policy_a_curve_and_a_picture(one_family, tmp_path, capsys):
 
 def test_ended_and_resumed_is_as_never_ended(one_family, tmp_path, monkeypatch, capsys):
     assert _main(tmp_path / "whole") == 0
-    step = _train.Trainer.step
+    step = Trainer.step
 
     def end(trainer, progress):
         if progress.iteration == 2:
             raise KeyboardInterrupt
         return step(trainer, progress)
 
-    monkeypatch.setattr(_train.Trainer, "step", end)
+    monkeypatch.setattr(Trainer, "step", end)
     assert _main(tmp_path / "cut") == 130
     assert "--resume" in capsys.readouterr().err
     assert not (tmp_path / "cut/policy.json").exists()
-    monkeypatch.setattr(_train.Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     assert _main(tmp_path / "cut") == command.EXIT_BAD_INPUT
     assert "holds a training: go on with --resume" in capsys.readouterr().err
     assert _main(tmp_path / "cut", "--resume", "--seed", "1") == command.EXIT_BAD_INPUT
@@ -105,32 +110,50 @@ def test_a_folder_that_cannot_be_made(one_family, tmp_path, capsys):
     assert "metatrain: error" in capsys.readouterr().err
 
 
+CHANGES = {
+    "plain": {},
+    "low": {"multiple": 0.02},
+    "scaled": {"loss_scale": 100.0},
+    "shifted": {"shift_at": 0.95},
+    "cut": {},
+}
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """The log of the final loss of runs with one thing changed, all in one program."""
+    key = jax.random.key(3)
+    plain = _runs.draw_trouble(key, jnp.int32(0))
+    sound = {"loss_scale": 1.0, "noise": 0.0, "spike_at": 2.0, "shift_at": 2.0, "multiple": 1.0}
+    troubles = [
+        plain._replace(**{k: jnp.float32(v) for k, v in (sound | changes).items()})
+        for changes in CHANGES.values()
+    ]
+    still = _train._first_policy(key)
+    policies = [still] * 4 + [still._replace(bias=jnp.full(1, -9.0))]
+    family = _runs.FAMILIES["regression"]()
+
+    def run(policy, trouble):
+        return _runs.run(family, policy, trouble, jnp.int32(60))
+
+    stacked = (jax.tree.map(lambda *x: jnp.stack(x), *part) for part in (policies, troubles))
+    return dict(zip(CHANGES, map(float, jax.jit(jax.vmap(run))(*stacked)), strict=True))
+
+
 class TestRuns:
-    """One run, at its own rate and far from it."""
+    """One run of the regression, at its own rate and elsewhere."""
 
-    def _run(self, policy=None, family="regression", horizon=60, **changes):
-        key = jax.random.key(3)
-        trouble = _runs.draw_trouble(key, jnp.int32(0))._replace(
-            loss_scale=jnp.float32(1.0), noise=jnp.float32(0.0), spike_at=jnp.float32(2.0),
-            shift_at=jnp.float32(2.0), multiple=jnp.float32(1.0))  # fmt: skip
-        trouble = trouble._replace(**{k: jnp.asarray(v) for k, v in changes.items()})
-        policy = _train._first_policy(key) if policy is None else policy
-        made = _runs.FAMILIES[family]()
-        return float(jax.jit(lambda t: _runs.run(made, policy, t, jnp.int32(horizon)))(trouble))
+    def test_it_trains_better_the_better_the_rate(self, losses):
+        assert losses["plain"] < losses["low"] - 0.5
 
-    def test_it_trains_better_the_better_the_rate(self):
-        tuned = self._run()
-        assert tuned < self._run(multiple=np.float32(0.02)) - 0.5
+    def test_no_scale_of_the_loss_changes_what_adam_does(self, losses):
+        assert losses["scaled"] == pytest.approx(losses["plain"], abs=1e-2)
 
-    def test_no_scale_of_the_loss_changes_what_adam_does(self):
-        assert self._run(loss_scale=np.float32(100.0)) == pytest.approx(self._run(), abs=1e-2)
+    def test_a_shift_of_the_data_shows(self, losses):
+        assert losses["shifted"] > losses["plain"] + 0.5
 
-    def test_a_shift_of_the_data_shows(self):
-        assert self._run(shift_at=np.float32(0.95)) > self._run() + 0.5
-
-    def test_the_weights_are_used(self):
-        policy = _train._first_policy(jax.random.key(0))._replace(bias=jnp.full(1, -9.0))
-        assert self._run(policy) > self._run() + 0.5
+    def test_the_weights_are_used(self, losses):
+        assert losses["cut"] > losses["plain"] + 0.5
 
     def test_kinds_are_ranges_of_the_multiple(self):
         kinds = jnp.arange(3).repeat(50)

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -98,7 +99,7 @@ def _fail(text: str) -> int:
 @contextlib.contextmanager
 def _bar(
     total: int, done: int, *, plain: bool
-) -> Iterator[Callable[[int, Mapping[str, float] | None], None]]:
+) -> Iterator[Callable[[int, Mapping[str, Any] | None], None]]:
     """A bar with the time left on a terminal, a line a row of the curve anywhere else."""
     from rich.console import Console
     from rich.progress import Progress, TextColumn
@@ -110,7 +111,7 @@ def _bar(
     with Progress(*columns, console=console, disable=not live) as bar:
         number = bar.add_task("training", total=total, completed=done)
 
-        def report(iteration: int, row: Mapping[str, float] | None) -> None:
+        def report(iteration: int, row: Mapping[str, Any] | None) -> None:
             bar.update(number, completed=iteration)
             if row is not None and not live:
                 numbers = "; ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "iteration")

@@ -74,8 +74,8 @@ class Family(NamedTuple):
     """A kind of task.
 
     Attributes:
-      rate: AdamW's tuned rate on a linear schedule over 500 steps: a third of it costs about as much
-        as three times it.
+      rate: AdamW's tuned rate on a linear schedule over 500 steps, of which a third costs about as
+        much as three times it.
       init: from a key to params.
       sample: from random numbers in [0, 1), one a row, and the run's key, to inputs and targets;
         targets may be replaced by those of other rows.
@@ -196,8 +196,8 @@ def _cross_entropy(forward: Callable[[Params, Any], Array]) -> Any:
 def _digits() -> Family:
     """A perceptron 16-16-16-10 on scikit-learn's digits, of a quarter of the pixels' number."""
 
-    def shrink(images: np.ndarray) -> np.ndarray:
-        return images.reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16)
+    def shrink(images: Any) -> np.ndarray:
+        return np.asarray(images).reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16)
 
     train, kept = (
         _data.Labelled(jnp.asarray(shrink(part.inputs)), jnp.asarray(part.labels))

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import zipfile
 from importlib import metadata
 from typing import Any
 
@@ -38,11 +39,11 @@ def load(folder: pathlib.Path, trainer: Trainer, *, resume: bool) -> Progress:
     if not resume:
         raise StoreError(f"{folder} holds a training: go on with --resume, or take another folder")
     try:
-        with np.load(path) as data:
-            there = Settings(**json.loads(str(data["settings"])))
-            weights, opt_state = data["weights"], data["opt_state"]
-            iteration, curve = int(data["iteration"]), json.loads(str(data["curve"]))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        data = np.load(io.BytesIO(path.read_bytes()))
+        there = Settings(**json.loads(str(data["settings"])))
+        weights, opt_state = data["weights"], data["opt_state"]
+        iteration, curve = int(data["iteration"]), json.loads(str(data["curve"]))
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise StoreError(f"{path}: no checkpoint of this version: {error}") from error
     if there != trainer.settings:
         raise StoreError(f"{folder} holds a training with {there}, not {trainer.settings}")

@@ -73,7 +73,7 @@ class Progress(NamedTuple):
     weights: Float[Array, " weights"]
     opt_state: Any
     iteration: int
-    curve: list[Mapping[str, float]]
+    curve: list[Mapping[str, Any]]
 
 
 class Trainer:
@@ -123,9 +123,9 @@ class Trainer:
         weights = optax.apply_updates(progress.weights, updates)
         return Progress(jnp.asarray(weights), opt_state, progress.iteration + 1, progress.curve)
 
-    def evaluate(self, progress: Progress) -> Mapping[str, float]:
+    def evaluate(self, progress: Progress) -> Mapping[str, Any]:
         """Geometric mean ratios to the linear schedule, on runs that training never sees."""
-        row: dict[str, float] = {"iteration": progress.iteration}
+        row: dict[str, Any] = {"iteration": progress.iteration}
         for number, name in enumerate(self._families):
             key = jax.random.fold_in(jax.random.key(_EVALUATION_SEED), number)
             troubles = _draw_troubles(key, _EVALUATED, len(MULTIPLES))
