@@ -36,6 +36,13 @@ class Losses(NamedTuple):
     diverged: np.ndarray
 
 
+def learned_arm(weights: str | None) -> Arm:
+    """AdamW under the policy on the linear schedule; with the package's weights, or a file's."""
+    return _arms._strategy(
+        "", lambda s: mo.learned(horizon=s.steps, weights=weights), base=_arms.linear
+    )
+
+
 def train(task: str, arm: Arm, seeds: int, lengthen: float, first: int = 0) -> Losses:
     """All seeds, from the first on, and all multiples of the rate."""
     made = TASKS[task]()
@@ -71,9 +78,7 @@ def main() -> None:
     parser.add_argument("--lengthen", type=float, default=1.0)
     parser.add_argument("--weights", help="a file of weights; those of the package by default")
     arguments = parser.parse_args()
-    learned = _arms._strategy(
-        "", lambda s: mo.learned(horizon=s.steps, weights=arguments.weights), base=_arms.linear
-    )
+    learned = learned_arm(arguments.weights)
     ours, peers = {}, {}
     for task in arguments.tasks.split(","):
         how = arguments.seeds, arguments.lengthen, arguments.first_seed
