@@ -147,7 +147,7 @@ def end_interval(state: Signals, linear_below: float) -> Signals:
     is_first = state.ended == 0
     unit = jnp.maximum(linear_below * jnp.abs(interval.loss), 1.0 / _LARGEST_LOSS)
     unit = jnp.where(is_first, unit, state.unit)
-    log_loss = jnp.arcsinh(interval.loss / unit / 2.0)
+    log_loss = _log_scale(interval.loss / unit)
     # By the slope of the log scale there.
     rows = interval.count.astype(jnp.float32)
     deviation = jnp.sqrt(interval.squares / rows) / jnp.hypot(interval.loss, 2.0 * unit)
@@ -205,6 +205,14 @@ def _empty_interval() -> Interval:
         log_grad_norm=jnp.zeros([], jnp.float32),
         log_param_norm=jnp.zeros([], jnp.float32),
     )
+
+
+def _log_scale(ratio: Float[Array, ""]) -> Float[Array, ""]:
+    """The logarithm of what is large, either way, and linear below 1; arcsinh(x / 2)."""
+    size = jnp.abs(ratio)
+    # XLA's own, compiled for a CPU, can be NaN beyond 2^63.
+    near = jnp.arcsinh(jnp.clip(ratio, -1e15, 1e15) / 2.0)
+    return jnp.where(size > 1e15, jnp.sign(ratio) * jnp.log(jnp.maximum(size, 1.0)), near)
 
 
 def _log(norm: Float[Array, ""]) -> Float[Array, ""]:

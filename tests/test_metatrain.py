@@ -19,12 +19,12 @@ import meta_optax as mo
 from meta_optax._learned import FEATURES
 from meta_optax._policy_file import load_policy
 from meta_optax.metatrain import __main__ as command
-from meta_optax.metatrain import _runs, _train
+from meta_optax.metatrain import _runs, _store, _train
 
 TINY = ("--iterations", "3", "--pairs", "2", "--runs", "3", "--shortest", "20", "--longest", "40")
 ALL_KINDS = 3
 # What one training has compiled serves the next with the same settings.
-Trainer = _train.Trainer
+Trainer = _store.Trainer
 cached_trainer = functools.cache(Trainer)
 
 
