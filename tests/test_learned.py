@@ -198,7 +198,10 @@ class TestShipped:
         scales = _scales(meta, losses, param_norm=8.0 + 1e-4 * np.arange(30))
         assert scales[-1] > 2.0
 
-    @pytest.mark.parametrize("values", [[0.0] * 40, [-3.0] * 40, [1e30, -1e30] * 20, [1e-30] * 40])
+    @pytest.mark.parametrize(
+        "values",
+        [[0.0] * 40, [-3.0] * 40, [1e30, -1e30] * 20, [1e-30] * 40, [1.0, 1.8446745e16] * 20],
+    )
     def test_no_loss_leads_outside_the_bounds(self, values):
         scales = _scales(mo.learned(update_frequency=1), values)
         assert np.isfinite(scales).all()
